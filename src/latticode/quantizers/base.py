@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from latticode.types import Quantized
@@ -47,6 +48,11 @@ class Quantizer(nn.Module, ABC):
             raise ValueError(
                 f"{type(self).__name__} expects integer codes (..., {len(self.vocab)}), got {_describe(codes)}"
             )
+        if torch.compiler.is_compiling() or codes.numel() == 0:
+            return
+        low, high = codes.flatten(0, -2).amin(0).tolist(), codes.flatten(0, -2).amax(0).tolist()
+        if any(a < 0 or b >= size for a, b, size in zip(low, high, self.vocab, strict=True)):
+            raise ValueError(f"codes must lie in 0 .. {[n - 1 for n in self.vocab]} per slot, got {low} .. {high}")
 
 
 def _describe(t: Tensor) -> str:

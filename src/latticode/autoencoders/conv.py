@@ -1,0 +1,116 @@
+"""The convolutional encoder and decoder of VQGAN (Esser et al. 2021, arXiv 2012.09841, App. A)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latticode.nn.conv import Downsample, Level, Middle, Upsample, channels_last, group_norm
+
+
+def _per_level(blocks: int | Sequence[int], levels: int) -> list[int]:
+    counts = [blocks] * levels if isinstance(blocks, int) else list(blocks)
+    if len(counts) != levels or any(n < 0 for n in counts):
+        raise ValueError(f"blocks must be one number >= 0 or one for each of {levels} multipliers, got {blocks}")
+    return counts
+
+
+def _check(multipliers: Sequence[int], attention: Sequence[int]) -> None:
+    if not multipliers or any(m < 1 for m in multipliers):
+        raise ValueError(f"multipliers must be one or more integers >= 1, got {list(multipliers)}")
+    if any(not 0 <= level < len(multipliers) for level in attention):
+        raise ValueError(f"attention names levels 0 .. {len(multipliers) - 1}, got {list(attention)}")
+
+
+class ConvEncoder(nn.Module):
+    """(B, in_channels, H, W) -> (B, latent, H / stride, W / stride) with stride 2^(len(multipliers) - 1).
+
+    Args:
+        in_channels: 1 for grey, 3 for colour.
+        latent: channels of the output.
+        width: channels of the finest level before its multiplier; level i has width * multipliers[i].
+        multipliers: one per resolution; each step between two halves H and W.
+        blocks: residual blocks per level, one number or one per level.
+        attention: indices of the levels with self-attention; the middle has it iff this is not empty.
+        groups: of every group normalisation; divides every width.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent: int = 256,
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        blocks: int | Sequence[int] = 2,
+        attention: Sequence[int] = (),
+        groups: int = 32,
+    ):
+        super().__init__()
+        _check(multipliers, attention)
+        self.in_channels, self.latent, self.width, self.groups = in_channels, latent, width, groups
+        self.multipliers, self.attention = list(multipliers), list(attention)
+        self.blocks = blocks if isinstance(blocks, int) else list(blocks)
+        self.stride = 2 ** (len(multipliers) - 1)
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.down = nn.ModuleList()
+        here = width
+        for level, (m, n) in enumerate(zip(multipliers, _per_level(blocks, len(multipliers)), strict=True)):
+            widths = [here] + [width * m] * n
+            here = widths[-1]
+            down = Downsample(here) if level < len(multipliers) - 1 else None
+            self.down.append(Level(widths, groups, level in attention, "downsample", down))
+        self.mid = Middle(here, groups, bool(attention))
+        self.norm_out = group_norm(here, groups)
+        self.conv_out = nn.Conv2d(here, latent, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(channels_last(x))
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class ConvDecoder(nn.Module):
+    """(B, latent, h, w) -> (B, out_channels, h * stride, w * stride): the mirror of `ConvEncoder`.
+
+    Arguments as there; `blocks` and `multipliers` are given finest level first too. The published decoder has one
+    block more per level than its encoder.
+    """
+
+    def __init__(
+        self,
+        out_channels: int = 3,
+        latent: int = 256,
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        blocks: int | Sequence[int] = 3,
+        attention: Sequence[int] = (),
+        groups: int = 32,
+    ):
+        super().__init__()
+        _check(multipliers, attention)
+        self.out_channels, self.latent, self.width, self.groups = out_channels, latent, width, groups
+        self.multipliers, self.attention = list(multipliers), list(attention)
+        self.blocks = blocks if isinstance(blocks, int) else list(blocks)
+        self.stride = 2 ** (len(multipliers) - 1)
+        here = width * multipliers[-1]
+        self.conv_in = nn.Conv2d(latent, here, 3, padding=1)
+        self.mid = Middle(here, groups, bool(attention))
+        counts = _per_level(blocks, len(multipliers))
+        levels: list[Level] = []
+        for level in reversed(range(len(multipliers))):
+            widths = [here] + [width * multipliers[level]] * counts[level]
+            here = widths[-1]
+            up = Upsample(here) if level > 0 else None
+            levels.append(Level(widths, groups, level in attention, "upsample", up))
+        self.up = nn.ModuleList(reversed(levels))  # up.0 is the finest level, as in the published key names
+        self.norm_out = group_norm(here, groups)
+        self.conv_out = nn.Conv2d(here, out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(channels_last(z)))
+        for level in reversed(self.up):  # type: ignore[arg-type]
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))

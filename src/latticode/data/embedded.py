@@ -1,0 +1,68 @@
+"""Images that ship inside the scikit-learn and scikit-image wheels: no download, ever."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from latticode.data.folders import FileSource
+from latticode.data.records import ArraySource, Source, select
+
+# Every colour photograph of everyday things in the two wheels. Left out: drawings and charts, grey pictures, medical
+# and astronomical ones (ihc, retina, hubble_deep_field), and color.png. motorcycle_left and _right are one stereo pair.
+TRAIN_PHOTOS = (
+    "skimage/data/chelsea.png",
+    "skimage/data/coffee.png",
+    "skimage/data/motorcycle_left.png",
+    "skimage/data/motorcycle_right.png",
+    "skimage/data/rocket.jpg",
+    "sklearn/datasets/images/flower.jpg",
+)
+TEST_PHOTOS = ("skimage/data/astronaut.png", "sklearn/datasets/images/china.jpg")
+
+
+def open_digits(name: str, split: str, holdout: float) -> Source:
+    """1,797 handwritten digits, 8x8 grey, 10 classes (UCI optical recognition, in scikit-learn); 0..16 -> 0..255."""
+    from sklearn.datasets import load_digits
+
+    data, labels = load_digits(return_X_y=True)
+    images = np.rint(np.asarray(data).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    names = [f"digits/{i:04d}" for i in range(len(images))]
+    source = ArraySource(name, images, np.asarray(labels, np.int64), tuple("0123456789"), names)
+    return select(source, None, split, holdout)
+
+
+def open_faces(name: str, split: str, holdout: float) -> Source:
+    """100 faces and 100 other patches of Labeled Faces in the Wild, 25x25 grey, 2 classes (in scikit-image)."""
+    patches = np.load(_locate("skimage/data/lfw_subset.npy"), allow_pickle=False)  # (200, 25, 25) float in [0, 1]
+    images = np.rint(patches * 255).astype(np.uint8)
+    names = [f"faces/{i:03d}" for i in range(len(images))]
+    source = ArraySource(name, images, np.repeat([0, 1], 100), ("face", "other"), names)
+    return select(source, None, split, holdout)
+
+
+def open_photos(name: str, split: str, holdout: float) -> Source:
+    """Eight colour photographs, 300 to 741 pixels a side, unlabelled. Test: astronaut and china; train: the rest."""
+    paths = {"train": TRAIN_PHOTOS, "test": TEST_PHOTOS, "all": TRAIN_PHOTOS + TEST_PHOTOS}[split]
+    files = [_locate(path) for path in paths]
+    return _Photos(name, Path(), [str(file) for file in files], [-1] * len(files), ())
+
+
+class _Photos(FileSource):
+    def name_of(self, i: int) -> str:
+        return Path(self.files[i]).name
+
+
+SETS = {"digits": open_digits, "faces": open_faces, "photos": open_photos}
+
+
+def _locate(path: str) -> Path:
+    """A data file of an installed package, found without importing it. Raises ValueError if it is not there."""
+    package, _, rest = path.partition("/")
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (file := Path(folder) / rest).is_file():
+            return file
+    raise ValueError(f"the embedded file {path} is missing: is {package} installed from its wheel?")

@@ -1,0 +1,126 @@
+"""Parquet files with an image column, as the Hub distributes them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latticode.data.records import Record, Source, number_labels, part_of, select
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture", "photo")
+LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "fine_label")
+CACHE_BYTES = 512 * 2**20  # of encoded row groups kept in memory
+
+
+class ParquetSource(Source):
+    """Rows of parquet files, read by row group; the row groups used last stay in memory up to CACHE_BYTES.
+
+    Files beyond that are best read in order: a shuffled pass over them reads a row group per image.
+    """
+
+    def __init__(self, name: str, files: list[Path]):
+        import pyarrow.parquet as pq
+
+        self.name, self.files = name, files
+        self._cache: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._lock = threading.Lock()
+        raw: list[int | str | None] = []
+        starts, places = [0], []  # the first row of each row group, and (file, group within it)
+        self.rows_of: list[int] = []
+        names: tuple[str, ...] | None = None
+        for number, path in enumerate(files):
+            try:
+                file = pq.ParquetFile(path)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+            with file:
+                schema, metadata = file.schema_arrow, file.metadata
+                features = _features(schema.metadata)
+                self.column = _image_column(schema, features, path)
+                label = next((c for c in LABEL_COLUMNS if c in schema.names), None)
+                rows = metadata.num_rows
+                raw += file.read([label])[label].to_pylist() if label else [None] * rows
+                names = names or tuple(features.get(label, {}).get("names") or ()) or None
+                for group in range(metadata.num_row_groups):
+                    starts.append(starts[-1] + metadata.row_group(group).num_rows)
+                    places.append((number, group))
+                self.rows_of.append(rows)
+        self.labels, self.classes = number_labels(raw)
+        if names and len(names) >= len(self.classes):
+            self.classes = names
+        self._starts, self._places = np.asarray(starts), places
+        self._first = np.cumsum([0, *self.rows_of])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> Record:
+        group = int(np.searchsorted(self._starts, i, side="right")) - 1
+        image = self._group(self._places[group])[i - int(self._starts[group])].as_py()
+        return Record(image or b"", int(self.labels[i]), self.name_of(i))
+
+    def name_of(self, i: int) -> str:
+        file = int(np.searchsorted(self._first, i, side="right")) - 1
+        return f"{self.files[file].stem}/{i - int(self._first[file]):08d}"
+
+    def _group(self, place: tuple[int, int]) -> Any:
+        """The encoded images of a row group, an arrow array of binaries."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+        from pyarrow import types
+
+        with self._lock:
+            if place in self._cache:
+                self._cache.move_to_end(place)
+                return self._cache[place]
+        with pq.ParquetFile(self.files[place[0]]) as file:
+            column = file.read_row_group(place[1], columns=[self.column])[self.column]
+        if types.is_struct(column.type):
+            column = pc.struct_field(column, "bytes")
+        with self._lock:
+            self._cache[place] = column
+            while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > CACHE_BYTES:
+                self._cache.popitem(last=False)
+        return column
+
+
+def open_parquet(name: str, files: list[Path], split: str, holdout: float) -> Source:
+    """Rows of `files`; files called train* and test* (or val*) are the splits."""
+    source = ParquetSource(name, files)
+    named = [part_of(path.name) for path in files] if len(files) > 1 else [None]
+    return select(source, [p for p, n in zip(named, source.rows_of, strict=True) for _ in range(n)], split, holdout)
+
+
+def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The column descriptions that `datasets` leaves in a file's metadata; {} where there are none."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {k: v for k, v in features.items() if isinstance(v, dict)} if isinstance(features, dict) else {}
+
+
+def _image_column(schema: Any, features: dict[str, Any], path: Path) -> str:
+    """The image column: the one declared as such, else one with a usual name, else the only one of bytes."""
+    from pyarrow import types
+
+    def holds_bytes(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    candidates = [f.name for f in schema if holds_bytes(f.type)]
+    candidates = [c for c in candidates if features.get(c, {}).get("_type", "Image") == "Image"]
+    declared = [c for c in candidates if c in features] or [c for c in candidates if c in IMAGE_COLUMNS] or candidates
+    if len(declared) != 1:
+        raise ValueError(
+            f"{path} has {len(declared)} image columns among {', '.join(schema.names)}; "
+            f"needed: one of type bytes or struct{{bytes, path}}, called {' or '.join(IMAGE_COLUMNS[:2])}"
+        )
+    return declared[0]

@@ -1,0 +1,173 @@
+"""What a source of images is, and how one without named splits is split."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SPLITS = ("train", "test", "all")
+MAX_CLASSES = 1_000_000  # a larger integer in a label column is an identifier, not a class
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image as its source stores it; `transforms.decode_image` turns it into pixels."""
+
+    image: Image.Image | bytes | np.ndarray  # bytes = an encoded file; array = (H, W) or (H, W, C)
+    label: int  # -1 = none
+    name: str  # unique within the source
+
+
+class Source(ABC):
+    """An ordered, random-access collection of images. Reading is safe from several threads."""
+
+    name: str  # what the user typed
+    classes: tuple[str, ...]  # names by label; empty = unlabelled
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, i: int) -> Record: ...
+
+    @abstractmethod
+    def name_of(self, i: int) -> str:
+        """The name of record `i`, without reading its image."""
+
+
+class StreamSource(Source):
+    """A source that can only be read from its start: no length, no random access."""
+
+    @abstractmethod
+    def records(self, shuffle: tuple[int, int] | None = None) -> Iterator[tuple[int, Record]]:
+        """(position in the source, record), in order, or shuffled by (seed, epoch) within a buffer."""
+
+    def __len__(self) -> int:
+        raise TypeError(f"{self.name} is streamed and has no length")
+
+    def __getitem__(self, i: int) -> Record:
+        raise TypeError(f"{self.name} is streamed: iterate over records() instead of asking for record {i}")
+
+    def name_of(self, i: int) -> str:
+        return f"{i:08d}"
+
+
+class Subset(Source):
+    """Some records of another source, in the given order."""
+
+    def __init__(self, base: Source, indices: np.ndarray):
+        self.base, self.indices = base, indices
+        self.name, self.classes = base.name, base.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Record:
+        return self.base[int(self.indices[i])]
+
+    def name_of(self, i: int) -> str:
+        return self.base.name_of(int(self.indices[i]))
+
+
+class ArraySource(Source):
+    """Images that lie in memory: (N, H, W) or (N, H, W, C) uint8, labels (N,) or None."""
+
+    def __init__(
+        self,
+        name: str,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        classes: tuple[str, ...],
+        names: Sequence[str],
+    ):
+        self.name, self.classes = name, classes
+        self.images, self.labels, self.names = images, labels, names
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Record:
+        return Record(self.images[i], -1 if self.labels is None else int(self.labels[i]), self.names[i])
+
+    def name_of(self, i: int) -> str:
+        return self.names[i]
+
+
+def is_held_out(name: str, holdout: float) -> bool:
+    """Whether the record called `name` belongs to the test part: a function of the name alone, so that adding or
+    removing other records never moves it."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < holdout * 2**64
+
+
+def part_of(name: str) -> str | None:
+    """'train', 'test' or 'val' if a file or folder name starts so (case ignored), else None."""
+    lower = name.lower()
+    return next((part for part in ("train", "test", "val") if lower.startswith(part)), None)
+
+
+def held_out_part(parts: set[str | None], split: str, source: str) -> str | None:
+    """Which named part of a source is `split`; None = the source has no such parts and is split by name.
+
+    A source with `train` and one of `test`, `val` has named splits (`test` wins). One that has only `train`, or no
+    names, is split by name. One that has only `test` or `val` has nothing to train on: ValueError.
+    """
+    test = next((part for part in ("test", "val") if part in parts), None)
+    if test is None:
+        return None
+    if split == "test":
+        return test
+    if "train" not in parts:
+        raise ValueError(f"{source!r} has a {test!r} split only, nothing to train on; use split 'test' or 'all'")
+    return "train"
+
+
+def select(base: Source, parts: Sequence[str | None] | None, split: str, holdout: float) -> Source:
+    """The records of `base` that are in `split`; `parts` names the part of each record where the source has parts.
+
+    Raises ValueError if that leaves nothing.
+    """
+    if len(base) == 0:
+        raise ValueError(f"{base.name!r} holds no images")
+    if split == "all":
+        return base
+    part = held_out_part(set(parts), split, base.name) if parts is not None else None
+    if part is not None and parts is not None:
+        keep = [i for i, p in enumerate(parts) if p == part]
+    else:
+        keep = [i for i in range(len(base)) if is_held_out(base.name_of(i), holdout) == (split == "test")]
+    if not keep:
+        raise ValueError(
+            f"split {split!r} of {base.name!r} is empty: it has {len(base)} records and holdout is {holdout}; "
+            "use split 'all', another holdout, or folders named train and test"
+        )
+    return Subset(base, np.asarray(keep))
+
+
+def number_labels(raw: Sequence[int | str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels (N,) int64 with -1 for none, and the class names, from integers or strings.
+
+    Integers keep their value (class names are the numbers up to the largest); strings are numbered in sorted order.
+    """
+    known = [label for label in raw if label is not None]
+    if all(_is_integer(label) for label in known):
+        labels = np.array([-1 if label is None else max(-1, int(label)) for label in raw], dtype=np.int64)
+        largest = int(labels.max(initial=-1))
+        if largest >= MAX_CLASSES:
+            raise ValueError(f"labels must be below {MAX_CLASSES}, got {largest}")
+        return labels, tuple(str(i) for i in range(largest + 1))
+    classes = tuple(sorted({str(label) for label in known}))
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([-1 if label is None else number[str(label)] for label in raw], dtype=np.int64), classes
+
+
+def _is_integer(label: int | str) -> bool:
+    return not isinstance(label, str) or label.removeprefix("-").isdecimal()

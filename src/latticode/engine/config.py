@@ -1,0 +1,223 @@
+"""What a run is: the recipe's schema, its overrides, and its completion from data and tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+
+from latticode import registry
+from latticode.data.transforms import Preprocess
+from latticode.registry import SpecError, nearest
+
+
+class ConfigError(ValueError):
+    """A recipe or override that cannot be run, with what would be valid."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; people mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|nan)$"),
+    list("-+0123456789."),
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(_Section):
+    """Where the images come from and how they are brought to one shape."""
+
+    source: str
+    split: Literal["train", "test", "all"] = "train"
+    holdout: float = Field(0.1, ge=0, lt=1, description="share kept for testing where the source has no test split")
+    size: PositiveInt | None = None
+    channels: Literal[1, 3] = 3
+    resize: str = "bicubic"
+    crop: str = "center"
+    flip: bool = False
+    workers: NonNegativeInt = 2
+
+    def preprocess(self) -> Preprocess:
+        try:
+            return Preprocess(
+                size=self.size, channels=self.channels, resize=self.resize, crop=self.crop, flip=self.flip
+            )
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from None
+
+
+class OptimizerConfig(_Section):
+    """AdamW with linear warm-up, then a cosine to `final` times the rate (or constant)."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: NonNegativeFloat = 0.0
+    warmup: NonNegativeInt = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final: float = Field(0.0, ge=0, le=1)
+    clip: NonNegativeFloat = 1.0
+
+
+class RunConfig(_Section):
+    """A whole run. What is trained is the prior if there is one, else the classifier, else the tokenizer."""
+
+    about: str = ""
+    data: DataConfig
+    tokenizer: dict[str, Any] | str | None = None
+    prior: dict[str, Any] | None = None
+    classifier: dict[str, Any] | None = None
+    objective: dict[str, Any]
+    weights: dict[str, float]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 64
+    accumulate: PositiveInt = 1
+    ema: float = Field(0.999, ge=0, lt=1)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: NonNegativeInt = 0
+    log_every: PositiveInt = 50
+    picture_every: PositiveInt = 1000
+    save_every: PositiveInt = 500
+
+    @property
+    def kind(self) -> str:
+        return next(k for k in ("prior", "classifier", "tokenizer") if getattr(self, k) is not None)
+
+    @property
+    def model(self) -> registry.Spec:
+        spec = getattr(self, self.kind)
+        if not isinstance(spec, dict):
+            raise ConfigError(f"tokenizer={spec!r} names a trained run, so there is nothing left to train")
+        return spec
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("latticode") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The content of a shipped recipe by name, or of a YAML file by path."""
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"no recipe file {recipe}; shipped recipes: {', '.join(recipe_names())}")
+        return parse_yaml(path.read_text(), recipe)
+    if recipe not in recipe_names():
+        raise ConfigError(f"no recipe {recipe!r}{nearest(recipe, recipe_names())}; or give the path of a .yaml file")
+    return parse_yaml((resources.files("latticode") / "recipes" / f"{recipe}.yaml").read_text(), recipe)
+
+
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{name} must be a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+def override(content: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`content` with every `dotted.key=value` set; values are YAML. Raises ConfigError for one without '='."""
+    result = copy.deepcopy(dict(content))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"an override is key=value, got {text!r}")
+        *parents, last = key.split(".")
+        target: Any = result
+        for depth, parent in enumerate(parents):
+            inner = target.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is {inner!r}, which has no keys")
+            target = inner
+        try:
+            target[last] = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {value!r} is not valid YAML: {error}") from None
+    return result
+
+
+def validate(content: Mapping[str, Any]) -> RunConfig:
+    """The run that `content` describes. Raises ConfigError naming every wrong key with the nearest valid ones."""
+    try:
+        config = RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+    if config.tokenizer is None and config.prior is None and config.classifier is None:
+        raise ConfigError("a run needs something to train: a tokenizer, a prior or a classifier")
+    if config.prior is not None and not isinstance(config.tokenizer, str):
+        raise ConfigError("a prior needs a trained tokenizer: give tokenizer=FOLDER of its run")
+    return config
+
+
+def _explain(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] = RunConfig
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation  # type: ignore[assignment]
+        return f"unknown key {place!r}{nearest(str(error['loc'][-1]), section.model_fields)}"
+    if error["type"] == "missing":
+        return f"missing key {place!r}"
+    return f"{place}: {error['msg']}, got {error['input']!r}"
+
+
+def complete(config: RunConfig, *, classes: int, vocab: Iterable[int] = (), grid: Iterable[int] = ()) -> RunConfig:
+    """Fill in what data and tokenizer determine (channels, classes, vocab, grid) where the recipe leaves it open."""
+    content = config.model_dump(mode="json")
+    known: dict[str, Any] = {
+        "in_channels": config.data.channels,
+        "out_channels": config.data.channels,
+        "channels": config.data.channels,
+        "classes": classes,
+        "vocab": list(vocab),
+        "grid": list(grid),
+    }
+    try:
+        content[config.kind] = _fill(content[config.kind], known)
+        for key in (config.kind, "objective"):
+            registry.check(content[key], key)
+    except SpecError as error:
+        raise ConfigError(str(error)) from None
+    return RunConfig.model_validate(content)
+
+
+def _fill(spec: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    filled = {k: _fill(v, known) if isinstance(v, dict) and "type" in v else v for k, v in spec.items()}
+    parameters = registry.parameters_of(registry.resolve(spec.get("type")))
+    return {k: known[k] for k in known if k in parameters} | filled
+
+
+def load_config(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run of a recipe (name or path) with overrides. A prior's `data` starts from that of its tokenizer's run."""
+    content = override(read_recipe(recipe), overrides)
+    if isinstance(tokenizer := content.get("tokenizer"), str):
+        data = read_run(Path(tokenizer)).data.model_dump(mode="json")
+        content["data"] = data | content.get("data", {})
+    return validate(content)
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The resolved configuration of a trained run."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
+    return validate(parse_yaml(path.read_text(), str(path)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)

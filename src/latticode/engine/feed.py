@@ -1,0 +1,87 @@
+"""What the loop eats: images for a tokenizer or classifier, codes for a prior, with their held-out part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from latticode import distributed
+from latticode.data import Loader, TokenDataset, TokenLoader, open_source
+from latticode.engine.config import ConfigError, RunConfig
+from latticode.engine.tokens import encode
+from latticode.pretrained import load_model
+from latticode.types import Batch, CodeBatch
+
+
+@dataclass(frozen=True)
+class Feed:
+    """`batches(start)` is infinite and a pure function of seed and position; `held_out` yields images, in order."""
+
+    batches: Callable[[int], Iterator[Any]]
+    held_out: Callable[[], Iterator[Batch]]
+    classes: tuple[str, ...] = ()
+    vocab: tuple[int, ...] = ()
+    grid: tuple[int, ...] = ()
+    tokenizer: Any = None  # of a prior
+
+
+def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Console) -> Feed:
+    """The data of a run. For a prior the images are encoded once, to `folder`/tokens, unless augmentation varies them."""
+    data = config.data
+    loader = open_loader(config, data.split, batch_size=config.batch_size, shard=True)
+    held_out = open_loader(config, "all" if data.split == "all" else "test", batch_size=config.batch_size)
+    classes = loader.source.classes
+    if config.kind == "classifier" and not classes:
+        raise ConfigError(f"a classifier needs labels, and {data.source} has none")
+    if config.kind != "prior":
+        return Feed(loader.batches, held_out.epoch, classes)
+
+    tokenizer = load_model(Path(str(config.tokenizer))).to(device)
+    if tokenizer.channels != data.channels:
+        raise ConfigError(f"the tokenizer takes {tokenizer.channels} channels, data.channels is {data.channels}")
+    if data.size is None:
+        raise ConfigError("a prior needs images of one size: give data.size=PIXELS")
+    grid = tokenizer.grid((data.size, data.size))
+    if distributed.rank() == 0:
+        tokenizer.save_pretrained(folder / "tokenizer")  # a run stands on its own
+    if data.flip or data.crop == "random":
+        batches = _encoding(loader, tokenizer, device)
+    else:
+        if distributed.rank() == 0:
+            plain = open_loader(config, data.split, batch_size=config.batch_size)
+            encode(tokenizer, plain, folder / "tokens", console=console, resume=True)
+        if distributed.is_distributed():
+            torch.distributed.barrier()
+        tokens = TokenDataset(folder / "tokens", expect_hash=tokenizer.fingerprint())
+        batches = TokenLoader(
+            tokens, config.batch_size, seed=config.seed, rank=distributed.rank(), world=distributed.world_size()
+        ).batches
+    return Feed(batches, held_out.epoch, classes, tokenizer.vocab, grid, tokenizer)
+
+
+def open_loader(config: RunConfig, split: str, *, batch_size: int, shard: bool = False) -> Loader:
+    """The images of `split` under the run's preprocessing; `shard` gives every rank its part."""
+    return Loader(
+        open_source(config.data.source, split, holdout=config.data.holdout),
+        config.data.preprocess(),
+        batch_size,
+        seed=config.seed,
+        rank=distributed.rank() if shard else 0,
+        world=distributed.world_size() if shard else 1,
+        workers=config.data.workers,
+    )
+
+
+def _encoding(loader: Loader, tokenizer: Any, device: torch.device) -> Callable[[int], Iterator[CodeBatch]]:
+    def batches(start: int) -> Iterator[CodeBatch]:
+        for batch in loader.batches(start):
+            with torch.inference_mode():
+                codes = tokenizer.encode(batch.images.to(device)).cpu()
+            yield CodeBatch(codes.clone(), batch.labels)
+
+    return batches

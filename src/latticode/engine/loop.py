@@ -1,0 +1,250 @@
+"""The one training loop: turns of players, one step counter, everything random a pure function of (seed, step).
+
+Accelerate gives devices, process groups and mixed precision. Gradients are averaged over ranks by one packed all-reduce
+per turn instead of wrapping modules in DistributedDataParallel: a turn may call any method of any module, and every rank
+takes the same turns, so nothing can hang on an unused parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+
+from latticode import distributed, registry
+from latticode.engine.checkpoint import STATE, append_line, cut_lines, load_state, save_state
+from latticode.engine.config import ConfigError, OptimizerConfig, RunConfig, complete, to_yaml
+from latticode.engine.feed import open_feed
+from latticode.engine.monitor import Monitor
+from latticode.engine.progress import progress
+from latticode.objectives import Objective
+from latticode.pretrained import save_model, write_text
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the last good checkpoint is on disk."""
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of `step`: linear warm-up, then constant or a cosine down to `final` times the peak."""
+    warm = min(1.0, (step + 1) / max(config.warmup, 1))
+    if config.schedule == "constant":
+        return config.lr * warm
+    done = max(0.0, (step - config.warmup) / max(steps - config.warmup, 1))
+    return config.lr * warm * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+def weigh(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted sum. Raises ConfigError for a term without a weight."""
+    unweighted = sorted(terms.keys() - weights.keys())
+    if unweighted:
+        raise ConfigError(f"no weight for the loss terms {', '.join(unweighted)}; weights: {dict(weights)}")
+    return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of everything random in a step; rank 0 draws the same however many ranks there are."""
+    return ((seed * 4096 + rank) * 2**32 + step) % 2**63
+
+
+class Average:
+    """Exponential moving average of a model's parameters; its buffers are taken as they are.
+
+    The decay ramps up as (1 + t) / (10 + t), so that the first steps are forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay = model, decay
+        self.tensors = {k: p.detach().clone() for k, p in model.named_parameters()} if decay else {}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if self.decay:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.tensors.values()), list(self.model.parameters()), 1 - decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict() | self.tensors
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with averaged weights and in eval mode, for the time of the block."""
+        training, raw = self.model.training, {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.weights())
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(raw)
+            self.model.train(training)
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into a flag, so that a step is finished and saved before the run ends."""
+
+    def __enter__(self) -> Interrupt:
+        self.raised = False
+        self._previous: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._set)
+            except ValueError:  # not in the main thread, where signals never arrive
+                break
+        return self
+
+    def _set(self, *_: Any) -> None:
+        self.raised = True
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Train what `config` describes and return `folder`, which then holds the run.
+
+    With `resume` an interrupted run goes on where its last checkpoint was and ends with the very weights that it would
+    have had; without it `folder` must not hold a run yet.
+
+    Raises ConfigError for what cannot be run, TrainingError for a loss that is not finite or an interruption.
+    """
+    console = console or Console(stderr=True)
+    if (folder / STATE).exists() and not resume:
+        raise ConfigError(f"{folder} already holds a run; resume it with --resume or choose another folder")
+    accelerator = Accelerator(mixed_precision=config.precision, gradient_accumulation_steps=1)
+    main = accelerator.is_main_process
+    feed = open_feed(config, folder, accelerator.device, console if main else Console(quiet=True))
+    config = complete(config, classes=len(feed.classes), vocab=feed.vocab, grid=feed.grid)
+
+    torch.manual_seed(config.seed)
+    model = registry.build(config.model).to(accelerator.device)
+    objective: Objective = registry.build(config.objective).to(accelerator.device)
+    for tensor in [*model.parameters(), *model.buffers(), *objective.parameters()]:
+        distributed.broadcast(tensor.data)
+    players = objective.players(model)
+    optimizers = {
+        name: accelerator.prepare(
+            torch.optim.AdamW(
+                (p for p in player.parameters() if p.requires_grad),
+                lr=config.optimizer.lr,
+                betas=config.optimizer.betas,
+                weight_decay=config.optimizer.weight_decay,
+                fused=True,
+            )
+        )
+        for name, player in players.items()
+    }
+    average = Average(model, config.ema)
+    modules = {"model": model, "objective": objective}
+    start, seconds = 0, 0.0
+    if resume and (folder / STATE).exists():
+        metadata = load_state(folder, modules, optimizers, average.tensors)
+        start, seconds = metadata["step"], metadata["seconds"]
+    if main:
+        write_text(folder / "config.yaml", to_yaml(config))
+        cut_lines(folder / "metrics.jsonl", start)
+    monitor = Monitor(config, folder, feed, start) if main else None
+    began = time.monotonic()
+
+    def save(step: int) -> None:
+        if main:
+            metadata = {"step": step, "seconds": seconds + time.monotonic() - began}
+            save_state(folder, modules, optimizers, average.tensors, metadata)
+            save_model(model, folder, average.weights())
+
+    model.train()
+    objective.train()
+    batches = feed.batches(start * config.accumulate)
+    images = config.batch_size * config.accumulate * distributed.world_size()
+    sums: dict[str, Tensor] = {}
+    with Interrupt() as interrupt, progress(
+        console if main else Console(quiet=True), f"train {config.kind}", config.steps, scale=images, start=start
+    ) as advance:
+        if start == 0:
+            save(0)
+        for step in range(start, config.steps):
+            torch.manual_seed(step_seed(config.seed, step, distributed.rank()))
+            rate = learning_rate(config.optimizer, step, config.steps)
+            for micro in range(config.accumulate):
+                last = micro == config.accumulate - 1
+                batch = next(batches).to(accelerator.device)
+                seen: set[str] = set()
+                with accelerator.autocast():
+                    for player, terms in objective.turns(model, batch, step):
+                        parameters = [p for p in players[player].parameters() if p.requires_grad]
+                        loss = weigh(terms, config.weights) / config.accumulate
+                        accelerator.backward(loss, inputs=parameters)
+                        if last:
+                            _step(accelerator, optimizers[player], parameters, rate, config.optimizer.clip)
+                        seen |= terms.keys()
+                        for name, value in terms.items():
+                            sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+                if unused := sorted(config.weights.keys() - seen):
+                    raise ConfigError(f"weights {', '.join(unused)} name no loss term; terms: {', '.join(sorted(seen))}")
+            average.update(step)
+            done = step + 1
+            final = done == config.steps or interrupt.raised
+            if final or done % config.log_every == 0 or done % config.save_every == 0:
+                count = done - max(start, (done - 1) // config.log_every * config.log_every)
+                means = _means(sums, count, step)
+                advance(done, **means)
+                if done % config.log_every == 0 or done == config.steps:
+                    sums.clear()
+                    if monitor:
+                        elapsed = seconds + time.monotonic() - began
+                        train_means = {f"train/{k}": v for k, v in means.items()}
+                        speed = (done - start) * images / (time.monotonic() - began)
+                        monitor.log(done, {**train_means, "lr": rate, "seconds": elapsed, "images_per_second": speed})
+            else:
+                advance(done)
+            if monitor and (done == config.steps or done % config.picture_every == 0):
+                with average.applied():
+                    monitor.watch(done, model)
+            if final or done % config.save_every == 0:
+                save(done)
+            if interrupt.raised and done < config.steps:
+                raise TrainingError(f"interrupted at step {done} of {config.steps}, saved; go on with --resume")
+    if monitor:
+        monitor.close()
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _step(accelerator: Accelerator, optimizer: Any, parameters: list[Tensor], rate: float, clip: float) -> None:
+    """Average the gradients over ranks, clip, set the rate, step, forget the gradients."""
+    if distributed.is_distributed():
+        # A parameter without a gradient on one rank may have one on another: every rank sends all of them.
+        gradients = distributed.all_sum([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient / distributed.world_size()
+    if clip:
+        accelerator.unscale_gradients(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _means(sums: Mapping[str, Tensor], count: int, step: int) -> dict[str, float]:
+    """Means over the steps since the last log. Raises TrainingError naming a term that is not finite."""
+    means = {name: float(value) / count for name, value in sums.items()}
+    wrong = sorted(name for name, value in means.items() if not math.isfinite(value))
+    if wrong:
+        raise TrainingError(
+            f"loss term {', '.join(wrong)} is not finite by step {step + 1}; the checkpoint before it is kept. "
+            "Try a lower optimizer.lr, or optimizer.clip if it is 0, and --resume"
+        )
+    return means
+
+
+__all__ = ["TrainingError", "learning_rate", "train"]

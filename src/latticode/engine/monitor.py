@@ -1,0 +1,73 @@
+"""What a run tells of itself while it trains: metrics.jsonl, TensorBoard and pictures, on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from latticode.data.transforms import to_uint8
+from latticode.engine.checkpoint import append_line
+from latticode.engine.config import RunConfig
+from latticode.engine.feed import Feed
+from latticode.metrics.codes import CodeStatistics
+from latticode.metrics.pixels import PixelMetrics
+from latticode.pictures import grid_image, save_png, side_by_side
+from latticode.types import Conditioning
+
+PICTURED, SAMPLED = 16, 32
+
+
+class Monitor:
+    """Watches the first held-out batch: the same images at every look, so that pictures compare."""
+
+    def __init__(self, config: RunConfig, folder: Path, feed: Feed, start: int):
+        self.config, self.folder, self.feed = config, folder, feed
+        self.batch = next(feed.held_out(), None)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        append_line(self.folder / "metrics.jsonl", {"step": step, **values})
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    @torch.inference_mode()
+    def watch(self, step: int, model: Any) -> None:
+        """Score `model` on the held-out batch and draw what it does."""
+        if self.batch is None:
+            return
+        batch = self.batch.to(next(model.parameters()).device)
+        if self.config.kind == "tokenizer":
+            result = model(batch.images)
+            pixels, codes = PixelMetrics(), CodeStatistics(model.vocab)
+            pixels.update(batch.images, result.output)
+            codes.update(result.codes)
+            values = {k: pixels.compute()[k] for k in ("psnr", "ssim")}
+            self._picture(step, "reconstructions", side_by_side(_bytes(batch.images), _bytes(result.output)))
+        elif self.config.kind == "prior":
+            cond = Conditioning(batch.labels) if model.classes else None
+            codes = self.feed.tokenizer.encode(batch.images)
+            values = {"bits_per_token": float(model.bits(codes, cond).mean()) / codes[0].numel()}
+            labels = torch.arange(SAMPLED, device=batch.labels.device) % max(model.classes, 1)
+            sampled = model.sample(SAMPLED, Conditioning(labels) if model.classes else None, seed=self.config.seed)
+            size = (self.config.data.size,) * 2
+            self._picture(step, "samples", grid_image(_bytes(self.feed.tokenizer.decode(sampled, size), SAMPLED), 8))
+        else:
+            values = {"accuracy": float((model(batch.images).argmax(1) == batch.labels).float().mean())}
+        self.log(step, {f"val/{k}": v for k, v in values.items()})
+
+    def _picture(self, step: int, kind: str, image: Any) -> None:
+        save_png(self.folder / "images" / f"{kind}-{step:06d}.png", image)
+        self.writer.add_image(kind, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _bytes(images: torch.Tensor, count: int = PICTURED) -> Any:
+    return to_uint8(images[:count]).cpu().numpy()

@@ -1,0 +1,331 @@
+"""Evaluation of loaded models on loaded data: every number with its protocol, ready for JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latticode.metrics import pixels
+from latticode.metrics.classifier import Classifier
+from latticode.metrics.codes import CodeStatistics, level_histograms
+from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
+from latticode.metrics.pixels import PixelMetrics, rounded
+from latticode.types import Batch, Conditioning, Sampling
+
+Progress = Callable[[int, int], None]  # images done, images in all
+
+NEIGHBOURS = 3  # k of precision and recall
+REFERENCE = 10_000  # images at most of the reference set of precision and recall, as in ADM's evaluation suite
+
+
+def evaluate_tokenizer(
+    tokenizer: Any,
+    loader: Any,
+    *,
+    features: FeatureNetwork | None = None,
+    reference: Any = None,
+    limit: int | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Reconstruct the images of `loader` and measure pixels, codes and, with a feature network, the reconstruction FID.
+
+    Args:
+        tokenizer: `forward(images) -> Reconstruction` and a `quantizer`.
+        loader: a data.Loader; its images (B, C, H, W) are float in [-1, 1].
+        features: names the key `rfid_<name>`.
+        reference: a loader of the images that the reconstructions' FID is taken against (the FSQ paper: the training
+            set); without it, the originals of the same images.
+        limit: stop after this many images.
+        protocol: what the caller knows and the numbers depend on: resize filter, crop, EMA on or off, name of the set.
+        progress: called with the images done and the images in all.
+
+    Returns psnr, psnr_pooled (dB), ssim, exact; usage, perplexity, entropy_bits, dead, invalid, slots;
+    bits_per_token, bits_per_pixel, tokens_per_image; level_histograms (FSQ); rfid_<name>; count, skipped, protocol.
+    Raises ValueError for a loader without images and for reconstructions that are not finite.
+    """
+    quantizer = tokenizer.quantizer
+    metrics, codes = PixelMetrics(), CodeStatistics(quantizer.vocab)
+    original, restored = FeatureStatistics(), FeatureStatistics()
+    tokens = area = 0
+    sizes: set[tuple[int, ...]] = set()
+    loaders = [(loader, limit)] + ([(reference, None)] if features and reference is not None else [])
+    report = _Report(progress, sum(_count(*pair) for pair in loaders))
+    with _evaluating(tokenizer, features):
+        for batch in _batches(loader, limit, report):
+            images = batch.images.to(_device(tokenizer))
+            reconstruction = tokenizer(images)
+            metrics.update(images, reconstruction.output)
+            codes.update(reconstruction.codes)
+            tokens += reconstruction.codes[..., 0].numel()
+            area += len(images) * images.shape[-2] * images.shape[-1]
+            sizes.add(tuple(images.shape[1:]))
+            if features is not None:
+                restored.update(_features(features, reconstruction.output))
+                if reference is None:
+                    original.update(_features(features, images))
+        if features is not None and reference is not None:
+            for batch in _batches(reference, None, report):
+                original.update(_features(features, batch.images))
+    result = metrics.compute()
+    count = result.pop("count")
+    result |= codes.compute()
+    del result["positions"]
+    result |= {
+        "bits_per_token": quantizer.bits,
+        "bits_per_pixel": quantizer.bits * tokens / area,
+        "tokens_per_image": tokens / count,
+    }
+    if getattr(quantizer, "levels", None) is not None:
+        values, numbers = codes.counts()
+        result["level_histograms"] = level_histograms(numbers, quantizer.levels, values)
+    if features is not None:
+        result[f"rfid_{features.name}"] = restored.distance(original)
+    return result | {
+        "count": count,
+        "skipped": _skipped(loader),
+        "protocol": {
+            **pixels.PROTOCOL,
+            "usage": f"share of the codewords that appear at least once over all {count} images",
+            "bits_per_token": "log2 of the vocabulary, per grid position; a pixel has one position per token grid",
+            "images": count,
+            "sizes": [list(size) for size in sorted(sizes)],
+            **_feature_protocol(features, original, "the originals" if reference is None else "the reference set"),
+            **(protocol or {}),
+        },
+    }
+
+
+def evaluate_prior(
+    prior: Any,
+    tokenizer: Any,
+    loader: Any,
+    *,
+    sampling: Sampling,
+    seed: int = 0,
+    samples: int = 1000,
+    features: FeatureNetwork | None = None,
+    reference: Any = None,
+    classifier: Classifier | None = None,
+    batch_size: int = 100,
+    limit: int | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compression cost on the held-out images of `loader`, and the quality of samples.
+
+    Args:
+        prior: `bits(codes, cond)`, `sample(count, cond, sampling=, seed=, first=)`, `classes`.
+        tokenizer: `encode`, `decode` and a `quantizer`.
+        loader: held-out (test) images with labels.
+        samples: how many to draw, their labels balanced over the classes; `seed` fixes them for any `batch_size`.
+        features: names the keys `fid_<name>`, `precision_<name>`, `recall_<name>`; needs `reference`.
+        reference: a loader of the training set. The held-out images are measured against it like the samples, by as
+            many of them as there are samples if there are, because the number of images biases these numbers.
+        classifier: judges whether a sample shows the label asked for. Not the one behind `features`, if it can be helped.
+        limit: stop after this many held-out images.
+
+    Returns bits_per_token (the compression cost: mean over tokens of -log2 p), bits_per_token_uniform (log2 of the
+    vocabulary), bits_per_pixel; fid_, precision_, recall_<name> and the same with `_real`; label_accuracy and
+    label_accuracy_real; samples, samples_per_second; count, skipped, protocol. Raises ValueError for options that do
+    not fit each other and for a loader without images.
+    """
+    classes = int(getattr(prior, "classes", 0) or 0)
+    _check(samples, batch_size, classes, features, reference, classifier)
+    loaders = [(loader, limit)] + ([(reference, None)] if features else [])
+    report = _Report(progress, sum(_count(*pair) for pair in loaders) + samples)
+    training, training_sample = FeatureStatistics(), FeatureSample(REFERENCE)
+    real_sample, sampled_sample = FeatureSample(samples), FeatureSample(samples)
+    real, asked = _Accuracy(), _Accuracy()
+    bits, seconds = 0.0, 0.0
+    tokens = area = count = 0
+    size: tuple[int, ...] = ()
+    device = _device(tokenizer)
+    with _evaluating(prior, tokenizer, features, classifier):
+        for batch in _batches(loader, limit, report):
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            codes = tokenizer.encode(images)
+            bits += float(prior.bits(codes, Conditioning(labels) if classes else None).double().sum())
+            tokens += codes[..., 0].numel()
+            size = tuple(images.shape[-2:])
+            area += len(images) * size[0] * size[1]
+            count += len(images)
+            if features is not None:
+                real_sample.update(_features(features, images))
+            if classifier is not None:
+                real.update(classifier, images, labels)
+        if not count:
+            raise ValueError("the loader of held-out images holds none")
+        if features is not None:
+            for batch in _batches(reference, None, report):
+                rows = _features(features, batch.images)
+                training.update(rows)
+                training_sample.update(rows)
+        for first in range(0, samples, batch_size):
+            number = min(batch_size, samples - first)
+            labels = (torch.arange(first, first + number) % classes).to(device) if classes else None
+            start = time.perf_counter()
+            condition = Conditioning(labels) if classes else None
+            codes = prior.sample(number, condition, sampling=sampling, seed=seed, first=first)
+            images = tokenizer.decode(codes, size=size)
+            _synchronize(device)
+            seconds += time.perf_counter() - start
+            if features is not None:
+                sampled_sample.update(_features(features, images))
+            if classifier is not None and labels is not None:
+                asked.update(classifier, images, labels)
+            report(number)
+    uniform = tokenizer.quantizer.bits
+    result: dict[str, Any] = {
+        "bits_per_token": bits / tokens,
+        "bits_per_token_uniform": uniform,
+        "bits_per_pixel": bits / area,
+    }
+    if features is not None:
+        for suffix, held in (("", sampled_sample), ("_real", real_sample)):
+            statistics = FeatureStatistics()
+            statistics.update(held.features)
+            result[f"fid_{features.name}{suffix}"] = statistics.distance(training)
+            pair = precision_recall(training_sample.features, held.features, NEIGHBOURS)
+            result[f"precision_{features.name}{suffix}"], result[f"recall_{features.name}{suffix}"] = pair
+    if classifier is not None:
+        result |= {"label_accuracy": asked.rate(), "label_accuracy_real": real.rate()}
+    return result | {
+        "samples": samples,
+        "samples_per_second": samples / seconds,
+        "count": count,
+        "skipped": _skipped(loader),
+        "protocol": {
+            "bits_per_token": "mean over grid positions of -log2 p under the prior's own decoding order, given the label",
+            "samples": samples,
+            "labels": f"balanced over {classes} classes" if classes else "none",
+            "sampling": vars(sampling),
+            "seed": seed,
+            "round": True,
+            "images": count,
+            "size": list(size),
+            **_feature_protocol(features, training, "the training set"),
+            **(
+                {
+                    "real_images": len(real_sample.features),
+                    "precision_recall": f"k = {NEIGHBOURS}, {len(training_sample.features)} reference images",
+                }
+                if features is not None
+                else {}
+            ),
+            **(protocol or {}),
+        },
+    }
+
+
+def _check(
+    samples: int,
+    batch_size: int,
+    classes: int,
+    features: FeatureNetwork | None,
+    reference: Any,
+    classifier: Classifier | None,
+) -> None:
+    least = NEIGHBOURS + 1 if features is not None else 1
+    if samples < least or batch_size < 1:
+        raise ValueError(f"samples must be >= {least} and batch_size >= 1, got {samples} and {batch_size}")
+    if features is not None and reference is None:
+        raise ValueError(f"FID under {features.name!r} needs a reference: a loader of the training set")
+    if classifier is not None and classes and classifier.classes != classes:
+        raise ValueError(f"the classifier knows {classifier.classes} classes and the prior {classes}")
+
+
+class _Report:
+    """Adds up what is done and tells the caller."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, number: int) -> None:
+        self.done += number
+        if self.progress is not None:
+            self.progress(self.done, max(self.total, self.done))
+
+
+class _Accuracy:
+    """How often a classifier sees in an image, as it is after rounding to 8 bits, the label that it should show."""
+
+    def __init__(self) -> None:
+        self.right = self.count = 0
+
+    def update(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Images (B, C, H, W) with labels (B,); a label of -1 is not counted."""
+        known = labels >= 0
+        guesses = classifier(rounded(images[known]).to(_device(classifier))).argmax(1)
+        self.right += int((guesses == labels[known].to(guesses.device)).sum())
+        self.count += int(known.sum())
+
+    def rate(self) -> float | None:
+        return self.right / self.count if self.count else None
+
+
+@contextmanager
+def _evaluating(*modules: Any) -> Iterator[None]:
+    """Eval mode and inference mode inside; every submodule's own mode is put back afterwards."""
+    roots = [m for m in modules if isinstance(m, nn.Module)]
+    modes = [(m, m.training) for root in roots for m in root.modules()]
+    try:
+        for root in roots:
+            root.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _batches(loader: Any, limit: int | None, report: _Report) -> Iterator[Batch]:
+    """The batches of one epoch, cut off after `limit` images; each is reported once it has been used."""
+    left = limit
+    iterator = iter(loader.epoch())
+    try:
+        while left is None or left > 0:
+            batch = next(iterator, None)
+            if batch is None:
+                break
+            if left is not None:
+                batch = Batch(batch.images[:left], batch.labels[:left], batch.indices[:left])
+                left -= len(batch.images)
+            yield batch
+            report(len(batch.images))
+    finally:
+        if close := getattr(iterator, "close", None):  # a loader's threads end now, not at the next collection
+            close()
+
+
+def _features(network: FeatureNetwork, images: Tensor) -> Tensor:
+    return network(images.to(_device(network)))
+
+
+def _feature_protocol(network: FeatureNetwork | None, statistics: FeatureStatistics, name: str) -> dict[str, Any]:
+    if network is None:
+        return {}
+    return {"feature_network": network.name, "reference": name, "reference_images": statistics.count}
+
+
+def _device(module: Any) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _count(loader: Any, limit: int | None) -> int:
+    count = len(loader)
+    return count if limit is None else min(count, limit)
+
+
+def _skipped(loader: Any) -> int:
+    return int(getattr(loader, "skipped", 0))

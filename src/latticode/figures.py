@@ -1,0 +1,142 @@
+"""The report's charts, as matplotlib figures, and `svg`, which draws one so that it follows a light or dark page."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Series = tuple[Sequence[float], Sequence[float]]  # steps, values
+
+INK = "#010203"  # a colour that nothing else uses; `svg` makes it the page's text colour
+COLOURS = ("#2f7fb5", "#d9772b", "#4f9d69", "#a3629f", "#8a8f98")  # legible on white and on near-black
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.titlecolor": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "latticode",
+}
+THEME = "<style>svg{color:#3c4148}@media (prefers-color-scheme:dark){svg{color:#c3c8d0}}</style>"
+MOST_POINTS = 400  # per line; more are averaged
+LOG_RATIO = 20.0  # positive values that span more than this are drawn on a log axis
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG file with a transparent ground, whose ink follows the page's colour scheme."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue().decode().replace(INK, "currentColor").replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    head, tag, body = text.partition("<defs>")
+    return (head + THEME + tag + body).encode()
+
+
+def curves(title: str, series: Mapping[str, Series]) -> Figure:
+    """One or several lines over training steps. Noisy lines are drawn faint with their running mean on top."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(4.4, 2.5)
+        axes.set_title(title, parse_math=False)
+        for colour, (name, (steps, values)) in zip(_cycle(COLOURS, len(series)), series.items(), strict=True):
+            x, y = thin(steps, values)
+            smooth = running_mean(y, len(y) // 25)
+            marker = "o" if len(x) == 1 else ""
+            if len(y) >= 50:
+                axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(x, smooth, color=colour, linewidth=1.5, marker=marker, markersize=4)
+            if len(series) > 1:
+                axes.plot([], [], color=colour, label=f" {name}")  # a leading _ would hide the entry
+        if len(series) > 1:
+            legend = axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+        everything = [value for _, values in series.values() for value in values]
+        if min(everything) > 0 and max(everything) / min(everything) > LOG_RATIO:
+            axes.set_yscale("log")
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlabel("step")
+        axes.grid(True, axis="y")
+        return figure
+
+
+def level_bars(counts: Sequence[float], title: str) -> Figure:
+    """How often each level of one channel was used, as fractions; the dashed line is the uniform distribution."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(2.0, 1.45)
+        axes.set_title(title, parse_math=False)
+        total = sum(counts) or 1
+        axes.bar(range(len(counts)), [count / total for count in counts], width=0.8, color=COLOURS[0])
+        axes.axhline(1 / len(counts), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+        axes.set_xticks(range(0, len(counts), math.ceil(len(counts) / 8)))
+        axes.yaxis.set_major_locator(MaxNLocator(2))
+        axes.tick_params(labelsize=7.5, length=2)
+        return figure
+
+
+def usage_curve(counts: Sequence[float]) -> Figure:
+    """Frequency of each code, most frequent first, on a log axis; the dashed line is the uniform distribution."""
+    frequency = np.sort(np.asarray(counts, dtype=np.float64))[::-1]
+    frequency = frequency / (frequency.sum() or 1)
+    used = int((frequency > 0).sum())
+    rank, height = thin(np.arange(1, used + 1), frequency[:used])
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(7.2, 2.6)
+        axes.fill_between(rank, height, color=COLOURS[0], alpha=0.15, linewidth=0)
+        axes.plot(rank, height, color=COLOURS[0], linewidth=1.5)
+        axes.axhline(1 / len(frequency), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+        axes.set_yscale("log")
+        axes.set_xlim(1, max(len(frequency), 2))
+        axes.set_xlabel("codes, most frequent first")
+        axes.set_ylabel("frequency")
+        axes.grid(True, axis="y")
+        return figure
+
+
+def thin(x: Iterable[float], y: Iterable[float]) -> tuple[np.ndarray, np.ndarray]:
+    """At most `MOST_POINTS` points: means of neighbours."""
+    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(xs) <= MOST_POINTS:
+        return xs, ys
+    starts = np.linspace(0, len(xs), MOST_POINTS, endpoint=False).astype(np.int64)
+    sizes = np.diff([*starts, len(xs)])
+    return np.add.reduceat(xs, starts) / sizes, np.add.reduceat(ys, starts) / sizes
+
+
+def running_mean(y: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` values, over fewer at the two ends."""
+    if window < 2:
+        return y
+    kernel = np.ones(window)
+    return np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
+
+
+def _panel(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _cycle(colours: Sequence[str], count: int) -> list[str]:
+    return [colours[i % len(colours)] for i in range(count)]

@@ -1,0 +1,102 @@
+"""PSNR and SSIM of reconstructions, on the 8-bit images that would be stored."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CAP = 100.0  # dB. An image that is restored exactly has no finite PSNR: it counts as this, and is counted in `exact`
+WINDOW = 11  # px, the Gaussian window of SSIM
+
+PROTOCOL: dict[str, Any] = {
+    "round": True,
+    "psnr": f"mean over images of the image's own PSNR, data range 255, capped at {CAP:g} dB",
+    "psnr_pooled": f"PSNR of the mean squared error over all images, data range 255, capped at {CAP:g} dB",
+    "ssim": f"Gaussian window {WINDOW}, sigma 1.5, data range 1.0, windows inside the image, mean over channels",
+}
+
+
+def to_8bit(images: Tensor) -> Tensor:
+    """uint8 images of float ones in [-1, 1], clamped and rounded (half to even)."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def rounded(images: Tensor) -> Tensor:
+    """Float images in [-1, 1] as they come back from an 8-bit file."""
+    return to_8bit(images).float() / 127.5 - 1
+
+
+def mse_8bit(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Mean squared error (B,) in squared 8-bit steps, float64, of uint8 images (B, C, H, W)."""
+    return (images.double() - reconstructions.double()).square().mean((1, 2, 3))
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """10 log10(255^2 / mse) in dB, at most CAP; `mse` in squared 8-bit steps."""
+    return (20 * math.log10(255) - 10 * mse.log10()).clamp(max=CAP)
+
+
+def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Structural similarity (B,) of uint8 images (B, C, H, W) of at least WINDOW px (Wang et al. 2004, section III.B).
+
+    Averaged over the windows that lie inside the image, as in the paper: torchmetrics averages over padded ones too.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _, full = structural_similarity_index_measure(
+        reconstructions.float() / 255, images.float() / 255, data_range=1.0, reduction="none", return_full_image=True
+    )
+    margin = WINDOW // 2
+    assert isinstance(full, Tensor)
+    return full[..., margin:-margin, margin:-margin].double().mean((1, 2, 3))
+
+
+class PixelMetrics:
+    """Streaming PSNR and SSIM over batches of any size; the split into batches does not change the result."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.exact = 0
+        self._psnr = self._mse = self._ssim = 0.0
+        self._small = False  # some image was below the SSIM window
+
+    def update(self, images: Tensor, reconstructions: Tensor) -> None:
+        """Count images (B, C, H, W), float in [-1, 1], and their reconstructions. Raises ValueError for other shapes."""
+        if images.ndim != 4 or images.shape != reconstructions.shape:
+            raise ValueError(
+                f"expected images and reconstructions of one shape (B, C, H, W), "
+                f"got {tuple(images.shape)} and {tuple(reconstructions.shape)}"
+            )
+        if not len(images):
+            return
+        if not reconstructions.isfinite().all():
+            raise ValueError("reconstructions hold values that are not finite; they have no PSNR")
+        true, restored = to_8bit(images), to_8bit(reconstructions)
+        mse = mse_8bit(true, restored)
+        self.count += len(images)
+        self.exact += int((mse == 0).sum())
+        self._psnr += float(psnr(mse).sum())
+        self._mse += float(mse.sum())
+        if min(images.shape[2:]) < WINDOW:
+            self._small = True
+        else:
+            self._ssim += float(ssim(true, restored).sum())
+
+    def compute(self) -> dict[str, Any]:
+        """psnr and psnr_pooled in dB, ssim (None if an image was smaller than the window), count, exact.
+
+        psnr and psnr_pooled are at most CAP; `exact` says how many images are equal to the last 8-bit step. Raises
+        ValueError when nothing was counted.
+        """
+        if not self.count:
+            raise ValueError("no images were counted")
+        return {
+            "psnr": self._psnr / self.count,
+            "psnr_pooled": float(psnr(torch.tensor(self._mse / self.count, dtype=torch.float64))),
+            "ssim": None if self._small else self._ssim / self.count,
+            "count": self.count,
+            "exact": self.exact,
+        }

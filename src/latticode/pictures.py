@@ -1,0 +1,92 @@
+"""Batches of images as one picture: grids, originals above reconstructions, PNG files that carry their settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+BACKGROUND = 255
+SETTINGS_KEY = "latticode"  # of the PNG text chunk
+
+
+def grid_image(images: np.ndarray | Tensor, columns: int = 8, pad: int = 2) -> Image.Image:
+    """A grid of uint8 images (N, C, H, W), row by row, with `pad` white pixels between them; C is 1, 3 or 4.
+
+    Raises ValueError for an empty batch, another type or shape, columns < 1 or pad < 0.
+    """
+    return _to_picture(_grid(_channel_last(images), columns, pad))
+
+
+def side_by_side(
+    originals: np.ndarray | Tensor, reconstructions: np.ndarray | Tensor, columns: int = 8, pad: int = 2
+) -> Image.Image:
+    """Each row of originals (N, C, H, W) uint8 directly above the row of their reconstructions, pairs of rows apart.
+
+    Raises ValueError as `grid_image` does, and when the two batches differ in shape.
+    """
+    above, below = _channel_last(originals), _channel_last(reconstructions)
+    if above.shape != below.shape:
+        raise ValueError(
+            f"originals and reconstructions must have one shape, got {tuple(originals.shape)} and "
+            f"{tuple(reconstructions.shape)}"
+        )
+    columns = min(columns, len(above))
+    rows = []
+    for start in range(0, len(above), max(columns, 1)):
+        chunk = slice(start, start + columns)
+        rows.append(_stack([_grid(above[chunk], columns, pad), _grid(below[chunk], columns, pad)], pad))
+    return _to_picture(_stack(rows, 4 * pad))
+
+
+def save_png(path: Path, image: Image.Image, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG under a temporary name and rename it; `metadata` goes into a text chunk as JSON."""
+    info = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        info.add_text(SETTINGS_KEY, json.dumps(metadata, sort_keys=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        image.save(partial, format="PNG", pnginfo=info)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _channel_last(images: np.ndarray | Tensor) -> np.ndarray:
+    """(N, C, H, W) to (N, H, W, C), checked."""
+    array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3, 4) or array.size == 0:
+        raise ValueError(f"expected uint8 images (N, 1|3|4, H, W), N >= 1, got {array.shape} {array.dtype}")
+    return array.transpose(0, 2, 3, 1)
+
+
+def _grid(images: np.ndarray, columns: int, pad: int) -> np.ndarray:
+    """(N, H, W, C) to one (rows H + gaps, columns W + gaps, C); places without an image are background."""
+    if columns < 1 or pad < 0:
+        raise ValueError(f"columns must be >= 1 and pad >= 0, got columns={columns}, pad={pad}")
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + pad) - pad, columns * (width + pad) - pad, channels), BACKGROUND, dtype=np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + pad), index % columns * (width + pad)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def _stack(rows: list[np.ndarray], gap: int) -> np.ndarray:
+    """Rows of one width, top to bottom, `gap` background pixels apart."""
+    _, width, channels = rows[0].shape
+    space = np.full((gap, width, channels), BACKGROUND, dtype=np.uint8)
+    parts = [part for row in rows for part in (space, row)]
+    return np.concatenate(parts[1:])
+
+
+def _to_picture(array: np.ndarray) -> Image.Image:
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)

@@ -1,0 +1,180 @@
+"""The contract of every prior, and what their samplers share: filters, guidance, reproducible noise."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latticode.pretrained import Pretrained
+from latticode.types import Conditioning, Sampling
+
+DEFAULT = Sampling()
+
+
+class Prior(Pretrained, ABC):
+    """A distribution over codes (B, *grid, K) int64, unconditional or per class.
+
+    Laws, held by `tests/laws/test_priors.py` for every registered class: the probabilities of `bits` sum to 1 over all
+    images; a sample depends on its seed and number, not on the batch it is drawn in; known codes are kept; a spec
+    rebuilds the module.
+    """
+
+    def __init__(self, vocab: Sequence[int], grid: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.vocab = [int(size) for size in vocab]  # the number of codes of each of the K code slots
+        self.grid = [int(size) for size in grid]  # positions along each axis
+        self.classes = int(classes)  # 0 = unconditional
+        if not self.vocab or min(self.vocab) < 1:
+            raise ValueError(f"vocab must be one size >= 1 per code slot, got {self.vocab}")
+        if not self.grid or min(self.grid) < 1:
+            raise ValueError(f"grid must be one size >= 1 per axis, got {self.grid}")
+        if self.classes < 0:
+            raise ValueError(f"classes must be >= 0 (0 = unconditional), got {self.classes}")
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
+        """Unweighted scalars by name for `codes` (B, *grid, K). Draws from torch's global generators.
+
+        Raises ValueError for codes outside `vocab` or of another shape, and for labels outside [-1, classes).
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        count: int,
+        cond: Conditioning | None = None,
+        *,
+        sampling: Sampling = DEFAULT,
+        seed: int = 0,
+        first: int = 0,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Codes (count, *grid, K) of the samples number `first` to `first + count - 1` of `seed`, in one batch.
+
+        `known` (count, *grid, K) holds codes to keep and -1 where to generate. Raises ValueError for bad options,
+        labels or known codes.
+        """
+
+    @abstractmethod
+    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """Bits (B,) that an entropy coder needs for each image of `codes` (B, *grid, K) in the prior's own order."""
+
+    def check_codes(self, codes: Tensor, *, lowest: int = 0) -> None:
+        """Raise ValueError unless `codes` are integers (B, *grid, K) in [lowest, vocab)."""
+        name, shape = type(self).__name__, (*self.grid, len(self.vocab))
+        if tuple(codes.shape[1:]) != shape or codes.is_floating_point() or codes.is_complex():
+            expected = ", ".join(map(str, ("B", *shape)))
+            raise ValueError(f"{name} expects integer codes ({expected}), got {tuple(codes.shape)} {codes.dtype}")
+        if codes.numel():
+            low, high = (t.tolist() for t in codes.flatten(0, -2).aminmax(dim=0))
+            if min(low) < lowest or any(h >= size for h, size in zip(high, self.vocab, strict=True)):
+                raise ValueError(f"{name} expects codes in [{lowest}, {self.vocab}), got {min(low)} to {high}")
+
+    def labels_of(self, cond: Conditioning | None, count: int) -> Tensor:
+        """Labels (count,) int64 on the prior's device, -1 = none. Raises ValueError for those outside [-1, classes)."""
+        if cond is None or cond.labels is None:
+            return torch.full((count,), -1, device=self.device)
+        labels = cond.labels.to(self.device, torch.int64)
+        if tuple(labels.shape) != (count,):
+            raise ValueError(f"expected one label for each of {count} images, got shape {tuple(labels.shape)}")
+        if count:
+            low, high = (int(v) for v in labels.aminmax())
+            if low < -1 or high >= self.classes:
+                bad = low if low < -1 else high
+                valid = (
+                    f"0 to {self.classes - 1}, or -1 for none" if self.classes else "only -1, the prior has no classes"
+                )
+                raise ValueError(f"label {bad} is not valid; valid: {valid}")
+        return labels
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Eval mode and no gradients inside; the mode is restored after."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise ValueError for an option outside its range."""
+    limits = {
+        "steps": (sampling.steps >= 1, ">= 1"),
+        "temperature": (0 <= sampling.temperature < math.inf, ">= 0 (0 = the likeliest token)"),
+        "noise": (0 <= sampling.noise < math.inf, ">= 0"),
+        "guidance": (math.isfinite(sampling.guidance), "finite (0 = off)"),
+        "top_k": (sampling.top_k >= 0, ">= 0 (0 = all)"),
+        "top_p": (0 < sampling.top_p <= 1, "in (0, 1]"),
+    }
+    for name, (holds, valid) in limits.items():
+        if not holds:
+            raise ValueError(f"{name} must be {valid}, got {getattr(sampling, name)}")
+
+
+def uniforms(shape: Sequence[int], seed: int, first: int, count: int) -> Tensor:
+    """(count, *shape) float32 draws from U[0, 1) on the CPU; row i depends on `seed` and `first + i` alone."""
+    if seed < 0 or first < 0 or count < 0:
+        raise ValueError(f"seed, first and count must be >= 0, got {seed}, {first} and {count}")
+    result = torch.empty(count, *shape)
+    for i, row in enumerate(result):
+        state = np.random.SeedSequence([seed, first + i]).generate_state(1, np.uint64)  # no two pairs share a stream
+        torch.rand(shape, generator=torch.Generator().manual_seed(int(state[0])), out=row)
+    return result
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance l_c + w (l_c - l_0), in the convention where w = 0 is off (FSQ, section 5.1)."""
+    return conditional + guidance * (conditional - unconditional)
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits (..., V) divided by the temperature, -inf for the tokens that top-k and top-p drop.
+
+    Temperature 0 keeps the likeliest token. The likeliest is never dropped; ties with the k-th are kept.
+    """
+    if sampling.temperature == 0:
+        return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -math.inf)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        lowest = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        drop = p.cumsum(-1) - p >= sampling.top_p  # those before it already reach top_p
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), -math.inf)
+    return logits
+
+
+def draw(logits: Tensor, u: Tensor) -> Tensor:
+    """Tokens (...,) from softmax(logits (..., V)) by inversion of the distribution function at u (...,) in [0, 1).
+
+    One uniform per token, where a Gumbel argmax needs V. A token of probability 0 is never drawn.
+    """
+    cdf = F.softmax(logits.float(), dim=-1).cumsum(-1)
+    total = cdf[..., -1:]
+    at = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, at, right=True).squeeze(-1)
+
+
+def gumbel(u: Tensor) -> Tensor:
+    """Gumbel(0, 1) draws from uniform ones, finite for u = 0 too."""
+    return -(-u.clamp(1e-20, 1 - 2**-24).log()).log()

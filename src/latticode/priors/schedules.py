@@ -1,0 +1,127 @@
+"""How many tokens stay masked, and which come next: pure functions of integers and ratios.
+
+`ratio` is the share of the decoding (or the draw of a training step) that is done, in [0, 1]; a schedule gives the
+fraction of tokens that is still masked, 1 at ratio 0 and 0 at ratio 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+SCHEDULES: dict[
+    str, Callable[[float], float]
+] = {  # MaskGIT (2202.04200), section 3.3 and figure 8; arccos: later ports
+    "cosine": lambda ratio: math.cos(math.pi / 2 * ratio),
+    "arccos": lambda ratio: 2 / math.pi * math.acos(ratio),
+    "linear": lambda ratio: 1 - ratio,
+    "square": lambda ratio: 1 - ratio**2,
+    "cubic": lambda ratio: 1 - ratio**3,
+    "root": lambda ratio: 1 - math.sqrt(ratio),
+}
+
+
+def remask_counts(unknown: int, steps: int, schedule: str = "cosine") -> list[int]:
+    """How many of `unknown` tokens are masked again after each forward pass; the last entry is 0.
+
+    MaskGIT's max(1, min(left - 1, floor(unknown * schedule))): every pass fixes at least one token and all but the last
+    leave at least one. A pass on one token left is the last, so there are at most `unknown` passes: more would only draw
+    that token again. Raises ValueError for a negative `unknown`, `steps` < 1 or an unknown schedule.
+    """
+    if unknown < 0:
+        raise ValueError(f"the number of unknown tokens must be >= 0, got {unknown}")
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; valid: {', '.join(SCHEDULES)}")
+    counts: list[int] = []
+    left = unknown
+    while left:
+        fraction = SCHEDULES[schedule]((len(counts) + 1) / steps) if len(counts) + 1 < steps else 0.0
+        last = left == 1 or len(counts) + 1 == steps
+        # 1e-9: a product that is an integer must not fall below it by a rounding error
+        left = 0 if last else max(1, min(left - 1, math.floor(unknown * fraction + 1e-9)))
+        counts.append(left)
+    return counts
+
+
+def ratio_floor(min_masked: float) -> float:
+    """r_min = 1 - (2 / pi) arccos(min_masked), FSQ (2309.15505) appendix A.4.2: 0.29715 for the paper's 0.45."""
+    if not 0 <= min_masked <= 1:
+        raise ValueError(f"min_masked must be in [0, 1], got {min_masked}")
+    return 1 - 2 / math.pi * math.acos(min_masked)
+
+
+def draw_ratios(count: int, floor: float, device: torch.device | None = None) -> Tensor:
+    """(count,) draws r ~ U[floor, 1]. The paper does not say whether it rescales or clamps: rescaling puts no
+    atom on the floor, and trains on more masked tokens per step (mean 0.81 against 0.70 of them)."""
+    return floor + (1 - floor) * torch.rand(count, device=device)
+
+
+def masked_counts(ratios: Tensor, positions: int) -> Tensor:
+    """N_M = ceil(cos(pi / 2 (1 - r)) positions), at least 1, int64 (FSQ appendix A.4.2)."""
+    return (torch.cos(math.pi / 2 * (1 - ratios)) * positions).ceil().long().clamp(1, positions)
+
+
+def random_mask(counts: Tensor, positions: int) -> Tensor:
+    """(B, positions) bool with exactly `counts[b]` True in row b, every such subset equally likely."""
+    return ranks(torch.rand(len(counts), positions, device=counts.device)) < counts[:, None]
+
+
+def ranks(x: Tensor) -> Tensor:
+    """The rank of each entry in its row, 0 for the lowest; ties get different ranks, so `ranks < m` has m entries."""
+    order = x.argsort(dim=-1, stable=True)
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
+
+
+def group_sizes(positions: int, groups: int = 12, alpha: float = 2.2) -> list[int]:
+    """Sizes of the groups that M2T (2304.07313) uncovers: positions (i / S)^alpha are known after group i of S.
+
+    Rounded, but each group holds one position at least; min(groups, positions) groups; the sizes sum to `positions`.
+    """
+    if positions < 1 or groups < 1:
+        raise ValueError(f"positions and groups must be >= 1, got {positions} and {groups}")
+    groups = min(groups, positions)
+    known = [0]
+    for i in range(1, groups + 1):
+        known.append(max(known[-1] + 1, round(positions * (i / groups) ** alpha)))
+    return [after - before for before, after in zip(known, known[1:], strict=False)]
+
+
+def spread_order(grid: Sequence[int]) -> list[int]:
+    """The cells of `grid` (flat, row-major) in the order of a quantised low-discrepancy sequence (M2T).
+
+    Point n is frac(1/2 + n / g^(axis + 1)), where g solves g^(d + 1) = g + 1 for d axes (d = 2: the plastic number);
+    it falls into a cell by floor, and cells already taken are skipped. M2T's own rounding rule is not public.
+    """
+    return list(_spread_order(tuple(grid)))
+
+
+@lru_cache(maxsize=32)
+def _spread_order(grid: tuple[int, ...]) -> tuple[int, ...]:
+    g = 2.0
+    for _ in range(64):  # a contraction: converges to machine precision
+        g = (1 + g) ** (1 / (len(grid) + 1))
+    order: dict[int, None] = {}
+    n = 0
+    while len(order) < math.prod(grid):
+        n += 1
+        cell = 0
+        for axis, size in enumerate(grid):
+            cell = cell * size + int((0.5 + n / g ** (axis + 1)) % 1 * size)
+        order[cell] = None  # a dict keeps the first visit
+    return tuple(order)
+
+
+def spread_groups(grid: Sequence[int], groups: int = 12) -> list[list[int]]:
+    """`spread_order` cut into `group_sizes`: the fixed schedule under which compression cost is measured."""
+    order = spread_order(grid)
+    result, start = [], 0
+    for size in group_sizes(len(order), groups):
+        result.append(order[start : start + size])
+        start += size
+    return result
