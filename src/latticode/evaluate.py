@@ -1,4 +1,4 @@
-"""Evaluation of loaded models on loaded data: every number with its protocol, ready for JSON."""
+"""Evaluation of loaded models on loaded data, on one process: every number with its protocol, ready for JSON."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.data.loading import Loader
 from latticode.metrics import pixels
 from latticode.metrics.classifier import Classifier
 from latticode.metrics.codes import CodeStatistics, level_histograms
 from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
 from latticode.metrics.pixels import PixelMetrics, rounded
+from latticode.priors.base import Prior
+from latticode.tokenizer import Tokenizer
 from latticode.types import Batch, Conditioning, Sampling
 
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -24,11 +28,11 @@ REFERENCE = 10_000  # images at most of the reference set of precision and recal
 
 
 def evaluate_tokenizer(
-    tokenizer: Any,
-    loader: Any,
+    tokenizer: Tokenizer,
+    loader: Loader,
     *,
     features: FeatureNetwork | None = None,
-    reference: Any = None,
+    reference: Loader | None = None,
     limit: int | None = None,
     protocol: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -36,8 +40,8 @@ def evaluate_tokenizer(
     """Reconstruct the images of `loader` and measure pixels, codes and, with a feature network, the reconstruction FID.
 
     Args:
-        tokenizer: `forward(images) -> Reconstruction` and a `quantizer`.
-        loader: a data.Loader; its images (B, C, H, W) are float in [-1, 1].
+        tokenizer: any; what it returns is compared after rounding to 8 bits.
+        loader: the images; one ordered pass over them is made, without augmentation.
         features: names the key `rfid_<name>`.
         reference: a loader of the images that the reconstructions' FID is taken against (the FSQ paper: the training
             set); without it, the originals of the same images.
@@ -54,8 +58,8 @@ def evaluate_tokenizer(
     original, restored = FeatureStatistics(), FeatureStatistics()
     tokens = area = 0
     sizes: set[tuple[int, ...]] = set()
-    loaders = [(loader, limit)] + ([(reference, None)] if features and reference is not None else [])
-    report = _Report(progress, sum(_count(*pair) for pair in loaders))
+    more = _count(reference) if features is not None and reference is not None else 0
+    report = _Report(progress, _count(loader, limit) + more)
     with _evaluating(tokenizer, features):
         for batch in _batches(loader, limit, report):
             images = batch.images.to(_device(tokenizer))
@@ -63,7 +67,7 @@ def evaluate_tokenizer(
             metrics.update(images, reconstruction.output)
             codes.update(reconstruction.codes)
             tokens += reconstruction.codes[..., 0].numel()
-            area += len(images) * images.shape[-2] * images.shape[-1]
+            area += images[:, 0].numel()
             sizes.add(tuple(images.shape[1:]))
             if features is not None:
                 restored.update(_features(features, reconstruction.output))
@@ -81,18 +85,19 @@ def evaluate_tokenizer(
         "bits_per_pixel": quantizer.bits * tokens / area,
         "tokens_per_image": tokens / count,
     }
-    if getattr(quantizer, "levels", None) is not None:
+    levels: Any = getattr(quantizer, "levels", None)
+    if levels is not None:
         values, numbers = codes.counts()
-        result["level_histograms"] = level_histograms(numbers, quantizer.levels, values)
+        result["level_histograms"] = level_histograms(numbers, levels, values)
     if features is not None:
         result[f"rfid_{features.name}"] = restored.distance(original)
     return result | {
         "count": count,
-        "skipped": _skipped(loader),
+        "skipped": len(loader.skipped),
         "protocol": {
             **pixels.PROTOCOL,
             "usage": f"share of the codewords that appear at least once over all {count} images",
-            "bits_per_token": "log2 of the vocabulary, per grid position; a pixel has one position per token grid",
+            "bits_per_token": "log2 of the vocabulary, per grid position",
             "images": count,
             "sizes": [list(size) for size in sorted(sizes)],
             **_feature_protocol(features, original, "the originals" if reference is None else "the reference set"),
@@ -102,15 +107,15 @@ def evaluate_tokenizer(
 
 
 def evaluate_prior(
-    prior: Any,
-    tokenizer: Any,
-    loader: Any,
+    prior: Prior,
+    tokenizer: Tokenizer,
+    loader: Loader,
     *,
     sampling: Sampling,
     seed: int = 0,
     samples: int = 1000,
     features: FeatureNetwork | None = None,
-    reference: Any = None,
+    reference: Loader | None = None,
     classifier: Classifier | None = None,
     batch_size: int = 100,
     limit: int | None = None,
@@ -120,14 +125,14 @@ def evaluate_prior(
     """Compression cost on the held-out images of `loader`, and the quality of samples.
 
     Args:
-        prior: `bits(codes, cond)`, `sample(count, cond, sampling=, seed=, first=)`, `classes`.
-        tokenizer: `encode`, `decode` and a `quantizer`.
+        prior: gets the label as its condition where it knows classes.
+        tokenizer: the one whose codes the prior was trained on.
         loader: held-out (test) images with labels.
         samples: how many to draw, their labels balanced over the classes; `seed` fixes them for any `batch_size`.
         features: names the keys `fid_<name>`, `precision_<name>`, `recall_<name>`; needs `reference`.
         reference: a loader of the training set. The held-out images are measured against it like the samples, by as
             many of them as there are samples if there are, because the number of images biases these numbers.
-        classifier: judges whether a sample shows the label asked for. Not the one behind `features`, if it can be helped.
+        classifier: judges whether a sample shows the label asked for. Better not the network behind `features`.
         limit: stop after this many held-out images.
 
     Returns bits_per_token (the compression cost: mean over tokens of -log2 p), bits_per_token_uniform (log2 of the
@@ -135,73 +140,69 @@ def evaluate_prior(
     label_accuracy_real; samples, samples_per_second; count, skipped, protocol. Raises ValueError for options that do
     not fit each other and for a loader without images.
     """
-    classes = int(getattr(prior, "classes", 0) or 0)
+    classes, device, uniform = int(prior.classes), _device(tokenizer), tokenizer.quantizer.bits
     _check(samples, batch_size, classes, features, reference, classifier)
-    loaders = [(loader, limit)] + ([(reference, None)] if features else [])
-    report = _Report(progress, sum(_count(*pair) for pair in loaders) + samples)
+    more = _count(reference) if features is not None and reference is not None else 0
+    report = _Report(progress, _count(loader, limit) + more + samples)
+    real, drawn = _Judge(features, classifier, samples), _Judge(features, classifier, samples)
     training, training_sample = FeatureStatistics(), FeatureSample(REFERENCE)
-    real_sample, sampled_sample = FeatureSample(samples), FeatureSample(samples)
-    real, asked = _Accuracy(), _Accuracy()
-    bits, seconds = 0.0, 0.0
+    bits = seconds = 0.0
     tokens = area = count = 0
     size: tuple[int, ...] = ()
-    device = _device(tokenizer)
     with _evaluating(prior, tokenizer, features, classifier):
         for batch in _batches(loader, limit, report):
             images, labels = batch.images.to(device), batch.labels.to(device)
             codes = tokenizer.encode(images)
             bits += float(prior.bits(codes, Conditioning(labels) if classes else None).double().sum())
-            tokens += codes[..., 0].numel()
             size = tuple(images.shape[-2:])
-            area += len(images) * size[0] * size[1]
+            tokens, area = tokens + codes[..., 0].numel(), area + images[:, 0].numel()
             count += len(images)
-            if features is not None:
-                real_sample.update(_features(features, images))
-            if classifier is not None:
-                real.update(classifier, images, labels)
+            real.update(images, labels)
         if not count:
             raise ValueError("the loader of held-out images holds none")
-        if features is not None:
+        if features is not None and reference is not None:
             for batch in _batches(reference, None, report):
                 rows = _features(features, batch.images)
                 training.update(rows)
                 training_sample.update(rows)
         for first in range(0, samples, batch_size):
-            number = min(batch_size, samples - first)
-            labels = (torch.arange(first, first + number) % classes).to(device) if classes else None
+            labels = torch.arange(first, min(first + batch_size, samples), device=device)
+            labels = labels % classes if classes else torch.full_like(labels, -1)
             start = time.perf_counter()
             condition = Conditioning(labels) if classes else None
-            codes = prior.sample(number, condition, sampling=sampling, seed=seed, first=first)
+            codes = prior.sample(len(labels), condition, sampling=sampling, seed=seed, first=first)
             images = tokenizer.decode(codes, size=size)
             _synchronize(device)
             seconds += time.perf_counter() - start
-            if features is not None:
-                sampled_sample.update(_features(features, images))
-            if classifier is not None and labels is not None:
-                asked.update(classifier, images, labels)
-            report(number)
-    uniform = tokenizer.quantizer.bits
+            drawn.update(images, labels)
+            report(len(labels))
     result: dict[str, Any] = {
         "bits_per_token": bits / tokens,
         "bits_per_token_uniform": uniform,
         "bits_per_pixel": bits / area,
     }
+    facts: dict[str, Any] = {}
     if features is not None:
-        for suffix, held in (("", sampled_sample), ("_real", real_sample)):
+        for suffix, judge in (("", drawn), ("_real", real)):
+            rows = judge.sample.features
             statistics = FeatureStatistics()
-            statistics.update(held.features)
+            statistics.update(rows)
             result[f"fid_{features.name}{suffix}"] = statistics.distance(training)
-            pair = precision_recall(training_sample.features, held.features, NEIGHBOURS)
+            pair = precision_recall(training_sample.features, rows, NEIGHBOURS)
             result[f"precision_{features.name}{suffix}"], result[f"recall_{features.name}{suffix}"] = pair
+        facts = _feature_protocol(features, training, "the training set") | {
+            "real_images": len(real.sample.features),
+            "precision_recall": f"k = {NEIGHBOURS}, {len(training_sample.features)} reference images",
+        }
     if classifier is not None:
-        result |= {"label_accuracy": asked.rate(), "label_accuracy_real": real.rate()}
+        result |= {"label_accuracy": drawn.accuracy(), "label_accuracy_real": real.accuracy()}
     return result | {
         "samples": samples,
         "samples_per_second": samples / seconds,
         "count": count,
-        "skipped": _skipped(loader),
+        "skipped": len(loader.skipped),
         "protocol": {
-            "bits_per_token": "mean over grid positions of -log2 p under the prior's own decoding order, given the label",
+            "bits_per_token": "mean over grid positions of -log2 p in the prior's own decoding order, given the label",
             "samples": samples,
             "labels": f"balanced over {classes} classes" if classes else "none",
             "sampling": vars(sampling),
@@ -209,17 +210,44 @@ def evaluate_prior(
             "round": True,
             "images": count,
             "size": list(size),
-            **_feature_protocol(features, training, "the training set"),
-            **(
-                {
-                    "real_images": len(real_sample.features),
-                    "precision_recall": f"k = {NEIGHBOURS}, {len(training_sample.features)} reference images",
-                }
-                if features is not None
-                else {}
-            ),
+            **facts,
             **(protocol or {}),
         },
+    }
+
+
+def evaluate_classifier(
+    classifier: Classifier,
+    loader: Loader,
+    *,
+    limit: int | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """How often the classifier is right about the labelled images of `loader`.
+
+    Returns accuracy, cross_entropy (nats per image), count (labelled images), skipped, protocol. Raises ValueError for
+    a loader without labelled images.
+    """
+    report = _Report(progress, _count(loader, limit))
+    right = count = 0
+    nats = 0.0
+    with _evaluating(classifier):
+        for batch in _batches(loader, limit, report):
+            known = batch.labels >= 0
+            labels = batch.labels[known].to(_device(classifier))
+            logits = classifier(batch.images[known].to(labels.device))
+            right += int((logits.argmax(1) == labels).sum())
+            nats += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+            count += len(labels)
+    if not count:
+        raise ValueError("the loader holds no labelled images")
+    return {
+        "accuracy": right / count,
+        "cross_entropy": nats / count,
+        "count": count,
+        "skipped": len(loader.skipped),
+        "protocol": {"images": count, **(protocol or {})},
     }
 
 
@@ -228,7 +256,7 @@ def _check(
     batch_size: int,
     classes: int,
     features: FeatureNetwork | None,
-    reference: Any,
+    reference: Loader | None,
     classifier: Classifier | None,
 ) -> None:
     least = NEIGHBOURS + 1 if features is not None else 1
@@ -252,20 +280,24 @@ class _Report:
             self.progress(self.done, max(self.total, self.done))
 
 
-class _Accuracy:
-    """How often a classifier sees in an image, as it is after rounding to 8 bits, the label that it should show."""
+class _Judge:
+    """Looks at images as they are after rounding to 8 bits: their features, and whether they show their label."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: FeatureNetwork | None, classifier: nn.Module | None, size: int):
+        self.features, self.classifier, self.sample = features, classifier, FeatureSample(size)
         self.right = self.count = 0
 
-    def update(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
-        """Images (B, C, H, W) with labels (B,); a label of -1 is not counted."""
-        known = labels >= 0
-        guesses = classifier(rounded(images[known]).to(_device(classifier))).argmax(1)
-        self.right += int((guesses == labels[known].to(guesses.device)).sum())
-        self.count += int(known.sum())
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        """Images (B, C, H, W) that should show `labels` (B,); a label of -1 is not judged."""
+        if self.features is not None:
+            self.sample.update(_features(self.features, images))
+        if self.classifier is not None:
+            known = labels >= 0
+            guesses = self.classifier(rounded(images[known]).to(_device(self.classifier))).argmax(1)
+            self.right += int((guesses == labels[known].to(guesses.device)).sum())
+            self.count += int(known.sum())
 
-    def rate(self) -> float | None:
+    def accuracy(self) -> float | None:
         return self.right / self.count if self.count else None
 
 
@@ -284,7 +316,7 @@ def _evaluating(*modules: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _batches(loader: Any, limit: int | None, report: _Report) -> Iterator[Batch]:
+def _batches(loader: Loader, limit: int | None, report: _Report) -> Iterator[Batch]:
     """The batches of one epoch, cut off after `limit` images; each is reported once it has been used."""
     left = limit
     iterator = iter(loader.epoch())
@@ -322,10 +354,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _count(loader: Any, limit: int | None) -> int:
-    count = len(loader)
+def _count(loader: Loader, limit: int | None = None) -> int:
+    """The images of one pass; of a stream only the limit is known."""
+    if loader.streaming:
+        return limit or 0
+    count = len(loader.order.shard())
     return count if limit is None else min(count, limit)
-
-
-def _skipped(loader: Any) -> int:
-    return int(getattr(loader, "skipped", 0))

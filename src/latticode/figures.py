@@ -1,22 +1,30 @@
-"""The report's charts, as matplotlib figures, and `svg`, which draws one so that it follows a light or dark page."""
+"""What a report shows: charts as matplotlib figures that follow a light or dark page, and pictures as data URIs."""
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, UnidentifiedImageError
 
 Series = tuple[Sequence[float], Sequence[float]]  # steps, values
 
+PAGE_WIDTH = 960  # CSS pixels of the text column; small pictures are enlarged by half steps up to it
+THUMBNAIL = 320  # pixels; earlier pictures are embedded no wider than this
+
 INK = "#010203"  # a colour that nothing else uses; `svg` makes it the page's text colour
 COLOURS = ("#2f7fb5", "#d9772b", "#4f9d69", "#a3629f", "#8a8f98")  # legible on white and on near-black
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": INK,
@@ -43,6 +51,53 @@ MOST_POINTS = 400  # per line; more are averaged
 LOG_RATIO = 20.0  # positive values that span more than this are drawn on a log axis
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A PIL image, the path of a PNG, or a matplotlib figure."""
+
+    image: Image.Image | Path | Figure
+    caption: str = ""
+    width: str = "full"  # "full", "half" or "small": how many share a row on a wide screen
+
+
+def embed(picture: Picture) -> dict[str, Any]:
+    """The data URI of a picture, its width in CSS pixels, and whether its pixels are meant to be seen."""
+    image = picture.image
+    if isinstance(image, Figure):
+        return {"uri": _uri(svg(image), "svg+xml"), "width": round(image.get_figwidth() * 96), "pixels": False}
+    if isinstance(image, Path):
+        data = image.read_bytes()
+        with Image.open(image) as opened:
+            width = opened.width
+    else:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        data, width = buffer.getvalue(), image.width
+    factor = min(max(1, 2 * PAGE_WIDTH // width / 2), 8) if picture.width == "full" else 1
+    return {"uri": _uri(data, "png"), "width": round(width * factor), "pixels": factor >= 2}
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def readable(path: Path) -> bool:
+    """Whether a PNG can be decoded: a picture that a crash or a full disk cut short must not cost the report."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def thumbnail(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, 4 * THUMBNAIL))
+    return small
+
+
 def svg(figure: Figure) -> bytes:
     """The figure as an SVG file with a transparent ground, whose ink follows the page's colour scheme."""
     buffer = io.BytesIO()
@@ -53,8 +108,11 @@ def svg(figure: Figure) -> bytes:
     return (head + THEME + tag + body).encode()
 
 
-def curves(title: str, series: Mapping[str, Series]) -> Figure:
-    """One or several lines over training steps. Noisy lines are drawn faint with their running mean on top."""
+def curves(title: str, series: Mapping[str, Series], *, log: bool = True) -> Figure:
+    """One or several lines over training steps. Long lines are drawn faint with their running mean on top.
+
+    `log` lets the axis be logarithmic where the values are positive and span more than a factor `LOG_RATIO`.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(4.4, 2.5)
         axes.set_title(title, parse_math=False)
@@ -72,7 +130,7 @@ def curves(title: str, series: Mapping[str, Series]) -> Figure:
             for text in legend.get_texts():
                 text.set_parse_math(False)
         everything = [value for _, values in series.values() for value in values]
-        if min(everything) > 0 and max(everything) / min(everything) > LOG_RATIO:
+        if log and min(everything) > 0 and max(everything) / min(everything) > LOG_RATIO:
             axes.set_yscale("log")
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -103,7 +161,7 @@ def usage_curve(counts: Sequence[float]) -> Figure:
     used = int((frequency > 0).sum())
     rank, height = thin(np.arange(1, used + 1), frequency[:used])
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(7.2, 2.6)
+        figure, axes = _panel(6.4, 2.6)
         axes.fill_between(rank, height, color=COLOURS[0], alpha=0.15, linewidth=0)
         axes.plot(rank, height, color=COLOURS[0], linewidth=1.5)
         axes.axhline(1 / len(frequency), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+from latticode.pretrained import write_atomically
 
 BACKGROUND = 255
 SETTINGS_KEY = "latticode"  # of the PNG text chunk
@@ -46,17 +47,11 @@ def side_by_side(
 
 
 def save_png(path: Path, image: Image.Image, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a PNG under a temporary name and rename it; `metadata` goes into a text chunk as JSON."""
+    """Write a PNG atomically; `metadata` goes into its text chunk `latticode` as JSON."""
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_text(SETTINGS_KEY, json.dumps(metadata, sort_keys=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        image.save(partial, format="PNG", pnginfo=info)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
 def _channel_last(images: np.ndarray | Tensor) -> np.ndarray:

@@ -60,7 +60,8 @@ def resolve(name: Any) -> type[nn.Module]:
 
 def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
     """The constructor's parameters by name, without self."""
-    return dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
+    named = list(inspect.signature(cls.__init__).parameters.items())[1:]
+    return {name: p for name, p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def check(spec: Mapping[str, Any], path: str = "") -> None:

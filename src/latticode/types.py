@@ -35,6 +35,10 @@ class Batch:
     labels: Tensor  # (B,) int64; -1 = no label
     indices: Tensor  # (B,) int64, position in the source
 
+    def drop(self, count: int) -> Batch:
+        """Without the first `count`."""
+        return Batch(self.images[count:], self.labels[count:], self.indices[count:])
+
     def to(self, device: Any) -> Batch:
         return replace(
             self, images=self.images.to(device), labels=self.labels.to(device), indices=self.indices.to(device)

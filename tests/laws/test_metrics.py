@@ -1,4 +1,4 @@
-"""Laws of the metrics: closed forms, invariance to the split into batches, agreement with independent implementations."""
+"""Laws of the metrics: closed forms, invariance to the split into batches, agreement with other implementations."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_pixels_agree_with_scikit_image(channels: int, height: int, width: int) 
     assert result["psnr"] == pytest.approx(np.mean(psnrs), abs=1e-9)
     assert result["psnr_pooled"] == pytest.approx(10 * np.log10(255**2 / np.mean(squares)), abs=1e-9)
     assert result["psnr_pooled"] < result["psnr"]  # Jensen: the noise differs from image to image
-    assert result["ssim"] == pytest.approx(np.mean(ssims), abs=1e-5)
+    assert result["ssim"] == pytest.approx(np.mean(ssims), abs=1e-9)
     assert result["count"] == 5
 
 
@@ -233,7 +233,7 @@ def test_frechet_distance_in_closed_form() -> None:
 def test_frechet_distance_agrees_with_the_matrix_root() -> None:
     a, b = statistics(rows(100, 16)), statistics(rows(80, 16, seed=1) * 1.3 + 0.2)
     (m1, s1), (m2, s2) = a.compute(), b.compute()
-    root = np.trace(sqrtm((s1 @ s2).numpy()).real)
+    root = np.real(np.trace(np.asarray(sqrtm((s1 @ s2).numpy()))))
     expected = float((m1 - m2).square().sum() + s1.trace() + s2.trace()) - 2 * root
     assert a.distance(b) == pytest.approx(expected, rel=1e-9)
     assert a.distance(b) == pytest.approx(b.distance(a), rel=1e-9)
@@ -275,7 +275,7 @@ def test_precision_and_recall_agree_with_the_definition(chunk: int, monkeypatch:
 
     def share(points: np.ndarray, centres: np.ndarray) -> float:
         radii = [sorted(np.linalg.norm(c - np.delete(centres, i, 0), axis=1))[2] for i, c in enumerate(centres)]
-        return np.mean([any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii)) for p in points])
+        return sum([any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii)) for p in points]) / len(points)
 
     assert precision_recall(torch.tensor(a), torch.tensor(b), k=3) == (share(b, a), share(a, b))
     assert 0 < share(b, a) != share(a, b) < 1

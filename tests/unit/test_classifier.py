@@ -31,15 +31,12 @@ def test_spec_rebuilds_and_saving_keeps_every_bit(tmp_path) -> None:
 
 
 def test_default_cost_stays_small() -> None:
-    model = Classifier(10)
-    counted = []
-    for layer in model.body:
+    images, cost = torch.zeros(1, 1, 32, 32), 0
+    for layer in Classifier(10).body.eval().children():
+        images = layer(images)
         if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(
-                lambda m, _, out: counted.append(out.shape[-1] * out.shape[-2] * m.weight.numel())
-            )
-    model(torch.zeros(2, 1, 32, 32))
-    assert 5e6 < sum(counted) < 10e6  # multiply-adds per image
+            cost += images[0, 0].numel() * layer.weight.numel()
+    assert 5e6 < cost < 10e6  # multiply-adds per image
 
 
 def test_bad_arguments_and_images_are_refused() -> None:
@@ -66,11 +63,11 @@ def test_it_learns_where_the_bright_corner_is() -> None:
 
     model = Classifier(4, width=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        images, labels = batch(64)
+    for _ in range(30):
+        images, labels = batch(32)
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    images, labels = batch(400)
+    images, labels = batch(200)
     with torch.inference_mode():
         assert (model.eval()(images).argmax(1) == labels).float().mean() > 0.8

@@ -5,40 +5,43 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from latticode.evaluate import evaluate_prior, evaluate_tokenizer
-from latticode.metrics import FeatureNetwork
+from latticode.data.loading import Loader
+from latticode.data.records import ArraySource
+from latticode.data.transforms import Preprocess
+from latticode.evaluate import evaluate_classifier, evaluate_prior, evaluate_tokenizer
+from latticode.metrics import Classifier, FeatureNetwork
 from latticode.metrics.pixels import CAP, rounded, to_8bit
+from latticode.priors.base import Prior
+from latticode.tokenizer import Tokenizer
 from latticode.types import Batch, Conditioning, Reconstruction, Sampling
 
 SIZE = 16
 CLASSES = 4
 
 
-class FakeLoader:
-    """Images of one grey level each, and the label that goes with it."""
+class GreyLoader(Loader):
+    """Images of one grey level each, with the level modulo CLASSES as label; `closed` counts finished passes."""
 
-    def __init__(self, greys: Tensor, batch: int = 5, skipped: int = 0):
-        self.greys, self.batch, self.skipped, self.closed = greys, batch, skipped, 0
-
-    def __len__(self) -> int:
-        return len(self.greys)
+    def __init__(self, greys: range, batch_size: int = 5, labelled: bool = True):
+        levels = np.array(greys, np.uint8)
+        images = np.broadcast_to(levels[:, None, None], (len(levels), SIZE, SIZE))
+        labels = levels.astype(np.int64) % CLASSES if labelled else None
+        source = ArraySource("greys", images, labels, (), [f"grey {level}" for level in levels])
+        super().__init__(source, Preprocess(size=SIZE, channels=1), batch_size)
+        self.closed = 0
 
     def epoch(self) -> Iterator[Batch]:
         try:
-            for rows in torch.arange(len(self)).split(self.batch):
-                yield Batch(paint(self.greys[rows]), self.greys[rows] % CLASSES, rows)
+            yield from super().epoch()
         finally:
             self.closed += 1
-
-
-def paint(greys: Tensor) -> Tensor:
-    return (greys.float() / 127.5 - 1).view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE)
 
 
 class FakeQuantizer(nn.Module):
@@ -47,12 +50,13 @@ class FakeQuantizer(nn.Module):
     bits = 8.0
 
 
-class FakeTokenizer(nn.Module):
+class FakeTokenizer(Tokenizer):
     """The grey level of an image is the code of each of its 2x2 positions; `error` is added on the way back."""
 
     def __init__(self, error: float = 0.0):
-        super().__init__()
-        self.quantizer, self.error, self.frozen = FakeQuantizer(), error, nn.Dropout().eval()
+        nn.Module.__init__(self)
+        self.quantizer = cast(Any, FakeQuantizer())
+        self.error, self.frozen = error, nn.Dropout().eval()
 
     def encode(self, images: Tensor) -> Tensor:
         assert torch.is_inference_mode_enabled()
@@ -68,12 +72,15 @@ class FakeTokenizer(nn.Module):
         return Reconstruction(images + self.error, codes, {})
 
 
-class FakePrior(nn.Module):
+class FakePrior(Prior):
     """Codes with a right label cost 2 bits each, others 3; samples are i.i.d. grey levels, the last class is wrong."""
 
     def __init__(self, classes: int = CLASSES):
-        super().__init__()
-        self.classes, self.grid, self.calls = classes, (2, 2), []
+        super().__init__([256], [2, 2], classes)
+        self.calls: list[tuple[int, int, int, Sampling]] = []
+
+    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
+        raise NotImplementedError
 
     def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
         if cond is None:
@@ -81,7 +88,16 @@ class FakePrior(nn.Module):
         assert cond.labels is not None
         return torch.where(cond.labels == codes[:, 0, 0, 0] % CLASSES, 2.0, 3.0) * 4
 
-    def sample(self, count: int, cond: Conditioning | None, *, sampling: Sampling, seed: int, first: int) -> Tensor:
+    def sample(
+        self,
+        count: int,
+        cond: Conditioning | None = None,
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        first: int = 0,
+        known: Tensor | None = None,
+    ) -> Tensor:
         self.calls.append((count, first, seed, sampling))
         greys = torch.stack([torch.randint(0, 64, (), generator=self.draw(seed, first + i)) for i in range(count)]) * 4
         if cond is not None:
@@ -94,13 +110,14 @@ class FakePrior(nn.Module):
         return torch.Generator().manual_seed(1000 * seed + index)
 
 
-class FakeClassifier(nn.Module):
+class FakeClassifier(Classifier):
     """Right about every image."""
 
-    classes = CLASSES
+    def __init__(self, classes: int = CLASSES):
+        super().__init__(classes, width=1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.one_hot(to_8bit(images)[:, 0, 0, 0].long() % CLASSES, CLASSES).float()
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot(to_8bit(x)[:, 0, 0, 0].long() % CLASSES, CLASSES).float()
 
 
 class FakeNetwork(nn.Module):
@@ -118,7 +135,8 @@ def as_json(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_identity_tokenizer(network: FeatureNetwork) -> None:
-    loader = FakeLoader(torch.arange(64), skipped=2)
+    loader = GreyLoader(range(64))
+    loader.skipped = {"broken.png": "cut short", "notes.txt": "not an image"}
     seen: list[tuple[int, int]] = []
     result = as_json(
         evaluate_tokenizer(
@@ -144,7 +162,7 @@ def test_identity_tokenizer(network: FeatureNetwork) -> None:
 
 
 def test_known_error_and_limit() -> None:
-    loader = FakeLoader(torch.arange(100))
+    loader = GreyLoader(range(100))
     seen: list[tuple[int, int]] = []
     result = as_json(evaluate_tokenizer(FakeTokenizer(4 / 127.5), loader, limit=12, progress=lambda *x: seen.append(x)))
     assert result["psnr"] == pytest.approx(20 * math.log10(255 / 4))
@@ -156,7 +174,7 @@ def test_known_error_and_limit() -> None:
 
 
 def test_reconstruction_fid_against_a_reference(network: FeatureNetwork) -> None:
-    loader, reference = FakeLoader(torch.arange(64)), FakeLoader(torch.arange(64) + 51)
+    loader, reference = GreyLoader(range(64)), GreyLoader(range(51, 115))
     result = evaluate_tokenizer(FakeTokenizer(51 / 127.5), loader, features=network, reference=reference)
     assert result["rfid_fake"] == pytest.approx(0, abs=1e-9)
     assert evaluate_tokenizer(FakeTokenizer(), loader, features=network, reference=reference)["rfid_fake"] > 0.1
@@ -166,9 +184,9 @@ def test_reconstruction_fid_against_a_reference(network: FeatureNetwork) -> None
 def test_modes_are_put_back_even_after_an_error() -> None:
     tokenizer = FakeTokenizer().train()
     tokenizer.frozen.eval()
-    evaluate_tokenizer(tokenizer, FakeLoader(torch.arange(4)))
+    evaluate_tokenizer(tokenizer, GreyLoader(range(4)))
     with pytest.raises(ValueError, match="no images"):
-        evaluate_tokenizer(tokenizer, FakeLoader(torch.arange(0)))
+        evaluate_tokenizer(tokenizer, GreyLoader(range(4)), limit=0)
     assert tokenizer.training
     assert tokenizer.quantizer.training
     assert not tokenizer.frozen.training
@@ -176,7 +194,7 @@ def test_modes_are_put_back_even_after_an_error() -> None:
 
 
 def test_prior_numbers(network: FeatureNetwork) -> None:
-    test, train = FakeLoader(torch.arange(0, 256, 2)), FakeLoader(torch.arange(256))
+    test, train = GreyLoader(range(0, 256, 2)), GreyLoader(range(256))
     prior, sampling = FakePrior(), Sampling(steps=3)
     seen: list[tuple[int, int]] = []
     result = as_json(
@@ -189,7 +207,7 @@ def test_prior_numbers(network: FeatureNetwork) -> None:
             samples=40,
             features=network,
             reference=train,
-            classifier=FakeClassifier(),  # type: ignore[arg-type]
+            classifier=FakeClassifier(),
             batch_size=16,
             progress=lambda *x: seen.append(x),
         )
@@ -215,7 +233,7 @@ def test_prior_numbers(network: FeatureNetwork) -> None:
 
 
 def test_samples_do_not_depend_on_the_batch_size(network: FeatureNetwork) -> None:
-    test, train = FakeLoader(torch.arange(64)), FakeLoader(torch.arange(256))
+    test, train = GreyLoader(range(64)), GreyLoader(range(256))
     results = [
         evaluate_prior(
             FakePrior(),
@@ -234,7 +252,7 @@ def test_samples_do_not_depend_on_the_batch_size(network: FeatureNetwork) -> Non
 
 
 def test_a_set_measured_against_itself_is_perfect(network: FeatureNetwork) -> None:
-    data = FakeLoader(torch.arange(256))
+    data = GreyLoader(range(256))
     result = evaluate_prior(
         FakePrior(), FakeTokenizer(), data, sampling=Sampling(), samples=256, features=network, reference=data
     )
@@ -247,10 +265,10 @@ def test_unconditional_prior_gets_no_labels() -> None:
         evaluate_prior(
             FakePrior(classes=0),
             FakeTokenizer(),
-            FakeLoader(torch.arange(8)),
+            GreyLoader(range(8)),
             sampling=Sampling(),
             samples=3,
-            classifier=FakeClassifier(),  # type: ignore[arg-type]
+            classifier=FakeClassifier(),
         )
     )
     assert result["bits_per_token"] == 3
@@ -259,7 +277,7 @@ def test_unconditional_prior_gets_no_labels() -> None:
 
 
 def test_options_that_do_not_fit_are_refused(network: FeatureNetwork) -> None:
-    data = FakeLoader(torch.arange(8))
+    data = GreyLoader(range(8))
 
     def evaluate(**options: Any) -> None:
         evaluate_prior(FakePrior(), FakeTokenizer(), data, sampling=Sampling(), **options)
@@ -270,19 +288,17 @@ def test_options_that_do_not_fit_are_refused(network: FeatureNetwork) -> None:
         evaluate(features=network, reference=data, samples=3)
     with pytest.raises(ValueError, match="batch_size"):
         evaluate(batch_size=0)
-    wrong = FakeClassifier()
-    wrong.classes = 3
     with pytest.raises(ValueError, match="3 classes and the prior 4"):
-        evaluate(classifier=wrong)
+        evaluate(classifier=FakeClassifier(3))
     with pytest.raises(ValueError, match="holds none"):
-        evaluate_prior(FakePrior(), FakeTokenizer(), FakeLoader(torch.arange(0)), sampling=Sampling())
+        evaluate(limit=0)
 
 
 def test_classifier_sees_rounded_samples() -> None:
     class Strict(FakeClassifier):
-        def forward(self, images: Tensor) -> Tensor:
-            assert torch.equal(images, rounded(images))
-            return super().forward(images)
+        def forward(self, x: Tensor) -> Tensor:
+            assert torch.equal(x, rounded(x))
+            return super().forward(x)
 
     class Blurred(FakeTokenizer):
         def decode(self, codes: Tensor, size: Any = None) -> Tensor:
@@ -291,9 +307,34 @@ def test_classifier_sees_rounded_samples() -> None:
     result = evaluate_prior(
         FakePrior(),
         Blurred(),
-        FakeLoader(torch.arange(8)),
+        GreyLoader(range(8)),
         sampling=Sampling(),
         samples=4,
-        classifier=Strict(),  # type: ignore[arg-type]
+        classifier=Strict(),
     )
     assert result["label_accuracy"] == 0.75
+
+
+def test_classifier_on_labelled_images() -> None:
+    class Constant(FakeClassifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([2.0, 0, 0, 0]).log_softmax(0).expand(len(x), -1)
+
+    result = as_json(evaluate_classifier(Constant(), GreyLoader(range(10)), protocol={"split": "test"}))
+    assert result["accuracy"] == 0.3  # 0, 4, 8
+    assert result["cross_entropy"] == pytest.approx(math.log(math.e**2 + 3) - 2 * 0.3)
+    assert (result["count"], result["protocol"]) == (10, {"images": 10, "split": "test"})
+    assert evaluate_classifier(FakeClassifier(), GreyLoader(range(10)), limit=7)["accuracy"] == 1
+    with pytest.raises(ValueError, match="no labelled images"):
+        evaluate_classifier(FakeClassifier(), GreyLoader(range(10), labelled=False))
+
+
+def test_real_images_without_labels_are_not_judged() -> None:
+    data = GreyLoader(range(8), labelled=False)
+    result = as_json(
+        evaluate_prior(
+            FakePrior(), FakeTokenizer(), data, sampling=Sampling(), samples=8, classifier=FakeClassifier(), limit=6
+        )
+    )
+    assert (result["label_accuracy"], result["label_accuracy_real"]) == (0.75, None)
+    assert (result["bits_per_token"], result["count"]) == (3, 6)

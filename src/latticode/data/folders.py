@@ -7,9 +7,10 @@ from pathlib import Path
 
 from latticode.data.records import Record, Source, part_of, select
 
-EXTENSIONS = frozenset(
-    "png jpg jpeg jpe jfif webp bmp gif tif tiff ppm pgm pbm pnm tga jp2 avif".split()
-)  # without the dot, lower case
+# without the dot, lower case
+PHOTOS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "avif", "jp2", "gif")
+OTHERS = ("bmp", "tif", "tiff", "tga", "ppm", "pgm", "pbm", "pnm")
+EXTENSIONS = frozenset((*PHOTOS, *OTHERS))
 
 
 def is_image(name: str) -> bool:
@@ -26,7 +27,7 @@ class FileSource(Source):
         return len(self.files)
 
     def __getitem__(self, i: int) -> Record:
-        return Record((self.root / self.files[i]).read_bytes(), self.labels[i], self.files[i])
+        return Record((self.root / self.files[i]).read_bytes(), self.labels[i], self.name_of(i))
 
     def name_of(self, i: int) -> str:
         return self.files[i]

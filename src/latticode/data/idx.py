@@ -35,7 +35,9 @@ def read(path: Path, dimensions: int) -> np.ndarray:
         raise ValueError(f"{path} is truncated: {len(data)} bytes, its header alone needs {header}")
     magic, *shape = struct.unpack(f">{1 + dimensions}I", data[:header])
     if magic != 0x800 + dimensions:  # two zero bytes, 08 = unsigned byte, number of dimensions
-        raise ValueError(f"{path} is not idx{dimensions} of unsigned bytes: magic {magic:#x}, not {0x800 + dimensions:#x}")
+        raise ValueError(
+            f"{path} is not idx{dimensions} of unsigned bytes: magic {magic:#x}, not {0x800 + dimensions:#x}"
+        )
     expected = int(np.prod(shape, dtype=np.int64))
     if len(data) - header != expected:
         raise ValueError(f"{path} is truncated or damaged: {len(data) - header} values for shape {tuple(shape)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from latticode.data.records import Record, Source, number_labels, part_of, select
+from latticode.data.records import Record, Source, number_labels, select
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "fine_label")
@@ -33,7 +33,7 @@ class ParquetSource(Source):
         raw: list[int | str | None] = []
         starts, places = [0], []  # the first row of each row group, and (file, group within it)
         self.rows_of: list[int] = []
-        names: tuple[str, ...] | None = None
+        names: tuple[str, ...] = ()
         for number, path in enumerate(files):
             try:
                 file = pq.ParquetFile(path)
@@ -43,16 +43,16 @@ class ParquetSource(Source):
                 schema, metadata = file.schema_arrow, file.metadata
                 features = _features(schema.metadata)
                 self.column = _image_column(schema, features, path)
-                label = next((c for c in LABEL_COLUMNS if c in schema.names), None)
+                label = next((c for c in LABEL_COLUMNS if _names_a_class(schema, c)), None)
                 rows = metadata.num_rows
                 raw += file.read([label])[label].to_pylist() if label else [None] * rows
-                names = names or tuple(features.get(label, {}).get("names") or ()) or None
+                names = names or tuple(features.get(label or "", {}).get("names") or ())
                 for group in range(metadata.num_row_groups):
                     starts.append(starts[-1] + metadata.row_group(group).num_rows)
                     places.append((number, group))
                 self.rows_of.append(rows)
         self.labels, self.classes = number_labels(raw)
-        if names and len(names) >= len(self.classes):
+        if len(names) >= len(self.classes):
             self.classes = names
         self._starts, self._places = np.asarray(starts), places
         self._first = np.cumsum([0, *self.rows_of])
@@ -90,11 +90,10 @@ class ParquetSource(Source):
         return column
 
 
-def open_parquet(name: str, files: list[Path], split: str, holdout: float) -> Source:
-    """Rows of `files`; files called train* and test* (or val*) are the splits."""
+def open_parquet(name: str, files: list[Path], parts: list[str | None], split: str, holdout: float) -> Source:
+    """Rows of `files`; `parts` is the split that each file is said to belong to."""
     source = ParquetSource(name, files)
-    named = [part_of(path.name) for path in files] if len(files) > 1 else [None]
-    return select(source, [p for p, n in zip(named, source.rows_of, strict=True) for _ in range(n)], split, holdout)
+    return select(source, [p for p, n in zip(parts, source.rows_of, strict=True) for _ in range(n)], split, holdout)
 
 
 def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
@@ -104,6 +103,16 @@ def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         return {}
     return {k: v for k, v in features.items() if isinstance(v, dict)} if isinstance(features, dict) else {}
+
+
+def _names_a_class(schema: Any, column: str) -> bool:
+    from pyarrow import types
+
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
 
 
 def _image_column(schema: Any, features: dict[str, Any], path: Path) -> str:

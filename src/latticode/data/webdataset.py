@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latticode.data.folders import EXTENSIONS, is_image
-from latticode.data.records import Record, Source, number_labels, part_of, select
+from latticode.data.records import Record, Source, number_labels, select
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,10 @@ class TarSource(Source):
         return self.members[i].name
 
 
-def open_tars(name: str, files: list[Path], split: str, holdout: float) -> Source:
-    """Samples of `files`; shards called train* and test* (or val*) are the splits."""
+def open_tars(name: str, files: list[Path], parts: list[str | None], split: str, holdout: float) -> Source:
+    """Samples of `files`; `parts` is the split that each shard is said to belong to."""
     source = TarSource(name, files)
-    parts = [part_of(files[m.shard].name) if len(files) > 1 else None for m in source.members]
-    return select(source, parts, split, holdout)
+    return select(source, [parts[member.shard] for member in source.members], split, holdout)
 
 
 def _index(shard: int, path: Path) -> list[tuple[Member, int | str | None]]:
@@ -85,7 +84,9 @@ def _index(shard: int, path: Path) -> list[tuple[Member, int | str | None]]:
             continue
         info = members[extension]
         if info.offset_data + info.size > length:
-            raise ValueError(f"{path} is truncated: {info.name} ends at byte {info.offset_data + info.size} of {length}")
+            raise ValueError(
+                f"{path} is truncated: {info.name} ends at byte {info.offset_data + info.size} of {length}"
+            )
         found.append((Member(shard, info.offset_data, info.size, f"{path.stem}/{key}"), labels.get(key)))
     return found
 

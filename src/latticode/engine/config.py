@@ -153,14 +153,14 @@ def override(content: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, 
 
 def validate(content: Mapping[str, Any]) -> RunConfig:
     """The run that `content` describes. Raises ConfigError naming every wrong key with the nearest valid ones."""
+    if content.get("prior") is not None and not isinstance(content.get("tokenizer"), str):
+        raise ConfigError("a prior needs a trained tokenizer: give tokenizer=FOLDER of its run")
     try:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
     if config.tokenizer is None and config.prior is None and config.classifier is None:
         raise ConfigError("a run needs something to train: a tokenizer, a prior or a classifier")
-    if config.prior is not None and not isinstance(config.tokenizer, str):
-        raise ConfigError("a prior needs a trained tokenizer: give tokenizer=FOLDER of its run")
     return config
 
 

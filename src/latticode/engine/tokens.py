@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latticode import registry
 from latticode.data import Loader, TokenDataset, TokenWriter
+from latticode.data.tokens import MANIFEST, UnfinishedError
 from latticode.engine.progress import progress
 
 
@@ -20,35 +21,44 @@ def encode(tokenizer: Any, loader: Loader, folder: Path, *, console: Console, re
     """Encode everything that `loader.epoch()` yields into a token dataset at `folder`.
 
     The loader reads ahead in its own threads and the writer runs in another, so the network is the limit. With `resume`
-    the shards that are there are kept and the rest is encoded.
+    the shards that are there are kept and the rest is encoded. Raises ValueError if `folder` holds other tokens.
     """
-    device = next(tokenizer.parameters()).device
+    identity = {"tokenizer": registry.spec_of(tokenizer), "tokenizer_hash": tokenizer.fingerprint()}
+    if resume and (folder / MANIFEST).exists():
+        try:
+            return TokenDataset(folder, expect_hash=identity["tokenizer_hash"], expect_spec=identity["tokenizer"])
+        except UnfinishedError:
+            pass
     writer = TokenWriter(
         folder,
-        tokenizer=registry.spec_of(tokenizer),
-        tokenizer_hash=tokenizer.fingerprint(),
+        **identity,
         vocab=tokenizer.vocab,
         preprocess=loader.preprocess.record(),
         classes=loader.source.classes,
         resume=resume,
     )
-    done = writer.written
-    total = len(loader.source)
+    device = next(tokenizer.parameters()).device
+    left = done = writer.written  # images of finished shards are read again, to count them, but not encoded
+    total = 0 if loader.streaming else len(loader)
     with ThreadPoolExecutor(1) as pool, progress(console, "encode", total, start=done) as advance:
         pending: Future[None] | None = None
-        for batch in loader.epoch(start=done):
+        for batch in loader.epoch():
+            batch, left = batch.drop(min(left, len(batch.images))), max(0, left - len(batch.images))
+            if not len(batch.images):
+                continue
             with torch.inference_mode():
                 codes = tokenizer.encode(batch.images.to(device)).cpu()
             if pending:
                 pending.result()
             names = [loader.source.name_of(int(i)) for i in batch.indices]
-            sizes = [tuple(batch.images.shape[-2:])] * len(names)
+            sizes = [(batch.images.shape[-2], batch.images.shape[-1])] * len(names)
             pending = pool.submit(writer.write, codes, batch.labels, names, sizes)
             done += len(names)
             advance(done)
         if pending:
             pending.result()
-    writer.close(skipped=loader.skipped)
+    writer.skip(loader.skipped)
+    writer.close()
     return TokenDataset(folder)
 
 

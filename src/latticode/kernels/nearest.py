@@ -11,6 +11,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -32,11 +35,34 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     vectors, offsets = _padded(codes)
     rows, width = CPU_TILE if x.device.type == "cpu" else GPU_TILE
     nearest = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    for start in range(0, len(x), rows):
-        tile = x[start : start + rows].to(dtype) - centre
-        blocks = _best_blocks(tile, vectors, offsets, width)
-        nearest[start : start + rows] = _decide(tile, codes, _finalists(tile, vectors, offsets, blocks))
+    with _full_float32():
+        for start in range(0, len(x), rows):
+            tile = x[start : start + rows].to(dtype) - centre
+            blocks = _best_blocks(tile, vectors, offsets, width)
+            nearest[start : start + rows] = _decide(tile, codes, _finalists(tile, vectors, offsets, blocks))
     return nearest
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32 and no bf16 inside matrix products, whatever a training script has set for its network."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+        previous = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for backend, precision in zip(backends, previous, strict=True):
+                backend.fp32_precision = precision
+    else:  # torch before 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
 
 def _padded(codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from latticode.pretrained import Pretrained
 class Classifier(Pretrained):
     """Convolutions at halved resolutions, global average pooling, one linear layer; for images of 16 to 64 px.
 
-    The stem halves the resolution at once and every later block works on at most a quarter of the pixels, so the cost is
-    about 6 million multiply-adds per 32x32 image at the default width. Any size from 8 px on is accepted.
+    The stem halves the resolution at once and every later block works on at most a sixteenth of the pixels, so the cost
+    is about 7 million multiply-adds per 32x32 image at the default width. Any size from 8 px on is accepted.
     """
 
     def __init__(self, classes: int, channels: int = 1, width: int = 32):

@@ -1,7 +1,7 @@
 """Fréchet distance, precision and recall over a named feature network.
 
-A feature distance means nothing without its network, so a `FeatureNetwork` carries its name and every number is reported
-under it.
+A feature distance means nothing without its network, so a `FeatureNetwork` carries its name and every number is
+reported under it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class FeatureNetworkError(RuntimeError):
     """A feature network that cannot be had here; the message says what to install and where to put the weights."""
 
 
-def feature_network(name: str, path: str | Path | None = None) -> FeatureNetwork:
-    """The feature network `name`.
+def feature_network(
+    name: str, path: str | Path | None = None, device: torch.device | str | None = None
+) -> FeatureNetwork:
+    """The feature network `name`, on `device` if given.
 
     "classifier": the penultimate features of the `Classifier` saved in the folder `path`.
     "inception": the 2048 pooled features of the Inception graph of 2015 that FID is defined on, through torch-fidelity;
@@ -48,9 +50,9 @@ def feature_network(name: str, path: str | Path | None = None) -> FeatureNetwork
     if name == "classifier":
         if path is None:
             raise FeatureNetworkError("the feature network 'classifier' needs the folder of a trained Classifier")
-        return FeatureNetwork(name, Classifier.from_pretrained(path))
+        return FeatureNetwork(name, Classifier.from_pretrained(path)).to(device)
     if name == "inception":
-        return FeatureNetwork(name, _Inception(path))
+        return FeatureNetwork(name, _Inception(path)).to(device)
     raise ValueError(f"unknown feature network {name!r}; valid: classifier, inception")
 
 
@@ -68,8 +70,9 @@ class _Inception(nn.Module):
         ]
         if missing:
             raise FeatureNetworkError(
-                f"the feature network 'inception' cannot be had: {' and '.join(missing)}. Install latticode[perceptual], "
-                f"download {INCEPTION_URL} and put it there; or use the feature network 'classifier'"
+                f"the feature network 'inception' cannot be had: {' and '.join(missing)}. Install "
+                f"latticode[perceptual], download {INCEPTION_URL} and put it there, "
+                "or use the feature network 'classifier'"
             )
         self.extractor = module.FeatureExtractorInceptionV3("inception", ["2048"], str(weights))
 
@@ -129,8 +132,8 @@ class FeatureStatistics:
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
     """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) in float64, at least 0 (Heusel et al. 2017, eq. 6).
 
-    The trace of the root is taken as the sum of the singular values of S1^(1/2) S2^(1/2): the same number, and exact for
-    singular covariances too, where the eigenvalues of the product S1 S2 lose half of their digits.
+    The trace of the root is taken as the sum of the singular values of S1^(1/2) S2^(1/2): the same number, and exact
+    for singular covariances too, where the eigenvalues of the product S1 S2 lose half of their digits.
     """
     mean1, cov1, mean2, cov2 = (t.detach().cpu().double() for t in (mean1, cov1, mean2, cov2))
     if mean1.shape != mean2.shape or cov1.shape != cov2.shape or cov1.shape != (*mean1.shape, *mean1.shape):
@@ -146,11 +149,12 @@ def _root(cov: Tensor) -> Tensor:
 
 
 def precision_recall(reference: Tensor, samples: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall of `samples` (M, F) against `reference` (N, F) (Kynkäänniemi et al. 2019, eq. 1, 2).
+    """Improved precision and recall of `samples` (M, F) against `reference` (N, F).
 
-    Each set's manifold is the union of balls around its points that reach to the k-th nearest other point of the set.
-    Precision: the share of samples in the manifold of the reference; recall: the reverse. Distances are taken block by
-    block, no N x M matrix is held. Raises ValueError unless both sets hold more than k points.
+    Kynkäänniemi et al. 2019, eq. 1 and 2. Each set's manifold is the union of balls around its points that reach to the
+    k-th nearest other point of the set. Precision: the share of samples in the manifold of the reference; recall: the
+    reverse. Distances are taken block by block, no N x M matrix is held. Raises ValueError unless both sets hold more
+    than k points.
     """
     reference, samples = _matrix(reference), _matrix(samples)
     if k < 1 or min(len(reference), len(samples)) <= k:

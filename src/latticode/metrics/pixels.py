@@ -42,16 +42,17 @@ def psnr(mse: Tensor) -> Tensor:
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Structural similarity (B,) of uint8 images (B, C, H, W) of at least WINDOW px (Wang et al. 2004, section III.B).
 
-    Averaged over the windows that lie inside the image, as in the paper: torchmetrics averages over padded ones too.
+    Averaged over the windows that lie inside the image, as in the paper: torchmetrics averages over padded ones too. In
+    float64, because flat regions lose their variance to rounding in float32 and equal images would score below 1.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     _, full = structural_similarity_index_measure(
-        reconstructions.float() / 255, images.float() / 255, data_range=1.0, reduction="none", return_full_image=True
+        reconstructions.double() / 255, images.double() / 255, data_range=1.0, reduction="none", return_full_image=True
     )
     margin = WINDOW // 2
     assert isinstance(full, Tensor)
-    return full[..., margin:-margin, margin:-margin].double().mean((1, 2, 3))
+    return full[..., margin:-margin, margin:-margin].mean((1, 2, 3))
 
 
 class PixelMetrics:
@@ -64,7 +65,10 @@ class PixelMetrics:
         self._small = False  # some image was below the SSIM window
 
     def update(self, images: Tensor, reconstructions: Tensor) -> None:
-        """Count images (B, C, H, W), float in [-1, 1], and their reconstructions. Raises ValueError for other shapes."""
+        """Count images (B, C, H, W), float in [-1, 1], and their reconstructions.
+
+        Raises ValueError for other shapes and for reconstructions that are not finite.
+        """
         if images.ndim != 4 or images.shape != reconstructions.shape:
             raise ValueError(
                 f"expected images and reconstructions of one shape (B, C, H, W), "

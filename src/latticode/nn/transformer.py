@@ -72,7 +72,7 @@ class Transformer(nn.Module):
             raise ValueError(f"depth must be >= 1, got {depth}")
         self.blocks = nn.ModuleList(Block(width, heads, mlp, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.apply(_initialise)
+        self.apply(initialise)
         with torch.no_grad():  # 2 * depth branches add up in the stream: keep its variance independent of depth (GPT-2)
             for name, weight in self.named_parameters():
                 if name.endswith(("attention.out.weight", "mlp.down.weight")):
@@ -84,7 +84,8 @@ class Transformer(nn.Module):
         return self.norm(x_BLD)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Truncated normal 0.02 weights and zero biases of a linear layer; for `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.nn.transformer import Transformer
+from latticode.nn.transformer import Transformer, initialise
 from latticode.priors.base import DEFAULT, Prior, check_sampling, draw, filtered, guided, gumbel, uniforms
 from latticode.priors.schedules import (
     draw_ratios,
@@ -68,28 +68,28 @@ class MaskGIT(Prior):
         self.dropout, self.label_smoothing, self.label_dropout = dropout, label_smoothing, label_dropout
         self.min_masked = min_masked
         self.floor = ratio_floor(min_masked)
-        self.codes = self.vocab[0]  # C; the label y is token C + y
-        self.mask_token = self.codes + self.classes
+        self.code_count = self.vocab[0]  # C; the label y is token C + y
+        self.mask_token = self.code_count + self.classes
 
         self.embedding = nn.Embedding(self.mask_token + 1, width)
         self.position = nn.Parameter(torch.empty(self.positions + 1, width))  # the class token comes first
         self.input = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout))
         self.transformer = Transformer(width, depth, heads, mlp, dropout)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.bias = nn.Parameter(torch.zeros(self.codes))
-        for weight in (self.embedding.weight, self.position, self.head[0].weight):
-            nn.init.trunc_normal_(weight, std=0.02)  # type: ignore[arg-type]
-        nn.init.zeros_(self.head[0].bias)  # type: ignore[arg-type]
+        self.bias = nn.Parameter(torch.zeros(self.code_count))
+        self.head.apply(initialise)
+        for weight in (self.embedding.weight, self.position):
+            nn.init.trunc_normal_(weight, std=0.02)
 
     def logits(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor) -> Tensor:
         """Logits (M, C) at the positions `at_BN` (bool), row-major, given codes with MASK where unknown.
 
         The head works on those positions alone: with thousands of codes it costs as much as the blocks.
         """
-        classes_B = torch.where(labels_B < 0, self.mask_token, labels_B + self.codes)
+        classes_B = torch.where(labels_B < 0, self.mask_token, labels_B + self.code_count)
         x_BLD = self.embedding(torch.cat([classes_B[:, None], tokens_BN], dim=1)) + self.position
         x_BLD = self.transformer(self.input(x_BLD))
-        return F.linear(self.head(x_BLD[:, 1:][at_BN]), self.embedding.weight[: self.codes], self.bias)
+        return F.linear(self.head(x_BLD[:, 1:][at_BN]), self.embedding.weight[: self.code_count], self.bias)
 
     def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
         """`cross_entropy`: nats per masked position, with label smoothing, of `codes` (B, *grid, 1)."""
@@ -124,7 +124,8 @@ class MaskGIT(Prior):
         unknown = tokens == self.mask_token
         plans = [remask_counts(n, sampling.steps, sampling.schedule) for n in unknown.sum(1).tolist()]
         passes = max(map(len, plans), default=0)
-        noise = uniforms((passes, 2, self.positions), seed, first, count)
+        most = min(sampling.steps, self.positions)  # not `passes`: a row's noise must not depend on the other rows
+        noise = uniforms((most, 2, self.positions), seed, first, count)
         with self.inference():
             for step in range(passes):
                 left = torch.tensor([plan[step] if step < len(plan) else 0 for plan in plans], device=self.device)
@@ -138,7 +139,7 @@ class MaskGIT(Prior):
     def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
         """Compression cost (B,): -log2 p of each group given those uncovered before, in M2T's fixed order (FSQ, 5.1).
 
-        Never above the log2 C per position of a uniform prior for a prior worth having. 12 forward passes.
+        A uniform prior needs log2 C per position. At most 12 forward passes.
         """
         self.check_codes(codes)
         labels = self.labels_of(cond, len(codes))
@@ -174,11 +175,10 @@ class MaskGIT(Prior):
             logits = guided(conditional, unconditional, sampling.guidance)
         else:
             logits = self.logits(tokens, labels, unknown).float()
+        total = logits.logsumexp(-1)
+        if not bool(total.isfinite().all()):
+            raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
         drawn = draw(filtered(logits, sampling), u[unknown])
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError(
-                "the prior's logits are not finite: its weights are broken or its dtype too narrow"
-            )
-        log_p = logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
+        log_p = logits.gather(-1, drawn[:, None])[:, 0] - total
         confidence = torch.zeros(tokens.shape, device=tokens.device)
         return tokens.masked_scatter(unknown, drawn), confidence.masked_scatter(unknown, log_p)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-SCHEDULES: dict[
-    str, Callable[[float], float]
-] = {  # MaskGIT (2202.04200), section 3.3 and figure 8; arccos: later ports
+# MaskGIT (2202.04200), section 3.3 and figure 8; arccos is from later ports
+SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda ratio: math.cos(math.pi / 2 * ratio),
     "arccos": lambda ratio: 2 / math.pi * math.acos(ratio),
     "linear": lambda ratio: 1 - ratio,
@@ -28,9 +28,9 @@ SCHEDULES: dict[
 def remask_counts(unknown: int, steps: int, schedule: str = "cosine") -> list[int]:
     """How many of `unknown` tokens are masked again after each forward pass; the last entry is 0.
 
-    MaskGIT's max(1, min(left - 1, floor(unknown * schedule))): every pass fixes at least one token and all but the last
-    leave at least one. A pass on one token left is the last, so there are at most `unknown` passes: more would only draw
-    that token again. Raises ValueError for a negative `unknown`, `steps` < 1 or an unknown schedule.
+    MaskGIT's max(1, min(left - 1, floor(unknown * schedule))): every pass fixes at least one token, all but the last
+    leave at least one. A pass on one token left is the last, so there are at most `unknown` passes: more would only
+    draw that token again. Raises ValueError for a negative `unknown`, `steps` < 1 or an unknown schedule.
     """
     if unknown < 0:
         raise ValueError(f"the number of unknown tokens must be >= 0, got {unknown}")
@@ -89,7 +89,7 @@ def group_sizes(positions: int, groups: int = 12, alpha: float = 2.2) -> list[in
     known = [0]
     for i in range(1, groups + 1):
         known.append(max(known[-1] + 1, round(positions * (i / groups) ** alpha)))
-    return [after - before for before, after in zip(known, known[1:], strict=False)]
+    return [after - before for before, after in pairwise(known)]
 
 
 def spread_order(grid: Sequence[int]) -> list[int]:

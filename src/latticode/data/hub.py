@@ -1,0 +1,150 @@
+"""Datasets of the Hugging Face Hub, whole or streamed. The only module that imports `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from latticode.data.parquet import IMAGE_COLUMNS, LABEL_COLUMNS
+from latticode.data.records import (
+    Record,
+    Source,
+    StreamSource,
+    held_out_part,
+    is_held_out,
+    number_labels,
+    part_of,
+    select,
+)
+
+SHUFFLE_BUFFER = 1024  # records a shuffled stream draws from
+
+
+class HubSource(Source):
+    """A downloaded dataset, its splits one after another."""
+
+    def __init__(self, name: str, splits: dict[str, Any]):
+        import datasets
+
+        self.name = name
+        self.splits = list(splits)
+        self.parts = [_encoded(part) for part in splits.values()]
+        self.joined = datasets.concatenate_datasets(self.parts)
+        self.column, label, self.classes = _columns(self.parts[0].features, name)
+        self.labels, numbered = number_labels(self.joined[label][:] if label else [None] * len(self.joined))
+        self.classes = self.classes or numbered
+
+    def __len__(self) -> int:
+        return len(self.joined)
+
+    def __getitem__(self, i: int) -> Record:
+        return Record(_bytes(self.joined[i][self.column]), int(self.labels[i]), self.name_of(i))
+
+    def name_of(self, i: int) -> str:
+        for split, part in zip(self.splits, self.parts, strict=True):
+            if i < len(part):
+                return f"{split}/{i:08d}"
+            i -= len(part)
+        raise IndexError(i)
+
+
+class HubStream(StreamSource):
+    """A dataset read over the network as it is used; split by position where it has no test split."""
+
+    def __init__(self, name: str, splits: dict[str, Any], split: str, holdout: float):
+        import datasets
+
+        self.name, self.split, self.holdout = name, split, holdout
+        part = held_out_part({part_of(key) for key in splits}, split, name) if split != "all" else None
+        self.by_position = part is None and split != "all"
+        streams = [_encoded(stream) for key, stream in splits.items() if part is None or part_of(key) == part]
+        features = next(iter(splits.values())).features
+        if features is None:
+            raise ValueError(f"{name!r} does not declare its columns, so it cannot be streamed; leave out ?streaming")
+        self.column, self.label, self.classes = _columns(features, name)
+        joined = datasets.concatenate_datasets(streams)
+        self.stream: Any = joined.map(lambda row, i: {"position": i}, with_indices=True)
+
+    def records(self, shuffle: tuple[int, int] | None = None) -> Iterator[tuple[int, Record]]:
+        stream = self.stream
+        if shuffle is not None:
+            stream = stream.shuffle(seed=shuffle[0], buffer_size=SHUFFLE_BUFFER)
+            stream.set_epoch(shuffle[1])
+        for row in stream:
+            position = row["position"]
+            name = self.name_of(position)
+            if self.by_position and is_held_out(name, self.holdout) != (self.split == "test"):
+                continue
+            label = row[self.label] if self.label else None
+            label = label if isinstance(label, int) else -1  # names of string labels are not known before the end
+            yield position, Record(_bytes(row[self.column]), label, name)
+
+
+def open_hub(source: str, split: str, holdout: float) -> Source:
+    """`hub:owner/name`, with `?streaming` and `?config=NAME` joined by `&`. A local folder works as a name too.
+
+    Raises ValueError for an option that does not exist, and with one message for whatever `datasets` cannot load: no
+    such name, no network, a login needed.
+    """
+    name, _, query = source.removeprefix("hub:").partition("?")
+    options = parse_qs(query, keep_blank_values=True)
+    if unknown := set(options) - {"streaming", "config"}:
+        raise ValueError(f"{source!r}: unknown option {', '.join(sorted(unknown))}; valid: streaming, config=NAME")
+    streaming = "streaming" in options
+    splits = _load(source, name, options.get("config", [None])[0], streaming)
+    if streaming:
+        return HubStream(source, splits, split, holdout)
+    hub = HubSource(source, splits)
+    rows = zip(hub.splits, hub.parts, strict=True)
+    return select(hub, [part_of(key) for key, part in rows for _ in range(len(part))], split, holdout)
+
+
+def _load(source: str, name: str, config: str | None, streaming: bool) -> dict[str, Any]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, config, streaming=streaming)
+    except Exception as error:  # a boundary: datasets lets the errors of a dozen libraries through
+        raise ValueError(
+            f"{source!r} could not be loaded through datasets ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "check the name (hub:owner/name), the network, and that the data need no login"
+        ) from error
+    return {str(key): part for key, part in loaded.items()}  # type: ignore[union-attr]
+
+
+def _columns(features: Any, name: str) -> tuple[str, str | None, tuple[str, ...]]:
+    """(image column, label column or None, class names)."""
+    import datasets
+
+    images = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
+    images = [c for c in images if c in IMAGE_COLUMNS] or images
+    if not images:
+        raise ValueError(f"{name!r} has no image column, only {', '.join(features)}")
+    label = next((c for c in LABEL_COLUMNS if _names_a_class(features.get(c))), None)
+    kind = features[label] if label else None
+    return images[0], label, tuple(kind.names or ()) if isinstance(kind, datasets.ClassLabel) else ()
+
+
+def _names_a_class(kind: Any) -> bool:
+    import datasets
+
+    plain = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint", "string", "large_string"))
+    return plain or isinstance(kind, datasets.ClassLabel)
+
+
+def _encoded(dataset: Any) -> Any:
+    """The dataset with its image columns left as encoded bytes."""
+    import datasets
+
+    for column, kind in (dataset.features or {}).items():
+        if isinstance(kind, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def _bytes(value: Any) -> bytes:
+    if not value:
+        return b""
+    return value["bytes"] or (Path(value["path"]).read_bytes() if value["path"] else b"")

@@ -1,0 +1,165 @@
+"""Run folders as the command line uses them: open what was trained, score it, draw from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from latticode.data.transforms import to_uint8
+from latticode.engine.config import RunConfig, read_run
+from latticode.engine.feed import open_loader
+from latticode.engine.progress import progress
+from latticode.evaluate import evaluate_classifier, evaluate_prior, evaluate_tokenizer
+from latticode.metrics.features import feature_network
+from latticode.pictures import grid_image, save_png
+from latticode.pretrained import load_model, write_text
+from latticode.types import Conditioning, Sampling
+
+GRID = 256  # samples shown in the grid at the most
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name, or the best there is. Raises ValueError for one that this machine has not."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def open_model(run: Path, kind: str, device: str = "auto") -> tuple[RunConfig, Any]:
+    """Config and model of a run, which must have trained a `kind`."""
+    config = read_run(run)
+    if config.kind != kind:
+        raise ValueError(f"{run} is the run of a {config.kind}; a {kind}'s is needed")
+    return config, load_model(run).to(pick_device(device))
+
+
+def open_tokenizer(run: Path, device: str = "auto") -> tuple[RunConfig, Any]:
+    """Config and tokenizer of a tokenizer's or a prior's run."""
+    config = read_run(run)
+    if config.kind == "prior":
+        return config, load_model(run / "tokenizer").to(pick_device(device))
+    return open_model(run, "tokenizer", device)
+
+
+def sample(
+    run: Path,
+    target: Path,
+    count: int,
+    *,
+    label: int | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+    console: Console,
+) -> Path:
+    """Draw `count` samples of a prior's run into `target`: one PNG each and grid.png, whose path is returned.
+
+    `label` None asks for all classes in turn. The settings stand in the metadata of every PNG.
+    """
+    config, prior = open_model(run, "prior", device)
+    _, tokenizer = open_tokenizer(run, device)
+    if label is not None and not 0 <= label < prior.classes:
+        valid = f"0 .. {prior.classes - 1}" if prior.classes else "none, the prior is unconditional"
+        raise ValueError(f"label {label} is not a class; valid: {valid}")
+    labels = torch.arange(count) % max(prior.classes, 1) if label is None else torch.full((count,), label)
+    settings: dict[str, Any] = {"run": run.name, "seed": seed, **vars(sampling)}
+    shown: list[np.ndarray] = []
+    with progress(console, "sample", count) as advance, torch.inference_mode():
+        for first in range(0, count, batch_size):
+            part = labels[first : first + batch_size].to(pick_device(device))
+            cond = Conditioning(part) if prior.classes else None
+            codes = prior.sample(len(part), cond, sampling=sampling, seed=seed, first=first)
+            images = to_uint8(tokenizer.decode(codes, (config.data.size, config.data.size))).cpu().numpy()
+            for index, image in enumerate(images, first):
+                about = settings | {"index": index} | ({"label": int(labels[index])} if prior.classes else {})
+                save_png(target / f"sample-{index:05d}.png", grid_image(image[None], 1, 0), about)
+            shown += list(images[: max(0, GRID - len(shown))])
+            advance(first + len(part))
+    columns = prior.classes if label is None and 1 < prior.classes <= 16 else 8
+    grid = target / "grid.png"
+    save_png(grid, grid_image(np.stack(shown), min(columns, count)), settings | {"count": count, "label": label})
+    return grid
+
+
+def evaluate(
+    run: Path,
+    source: str | None = None,
+    split: str = "test",
+    *,
+    features: str | None = None,
+    classifier: Path | None = None,
+    samples: int = 1000,
+    limit: int | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    device: str = "auto",
+    console: Console,
+) -> dict[str, Any]:
+    """Score the run on `split` of `source` (default: its own data), write `evaluation.json` and return it."""
+    config = read_run(run)
+    content = config.model_dump(mode="json")
+    content["data"] |= {"flip": False, "crop": "center" if config.data.crop == "random" else config.data.crop}
+    if source is not None:
+        content["data"]["source"] = source
+    config = RunConfig.model_validate(content)
+    place = pick_device(device)
+    loader = open_loader(config, split, batch_size=64)
+    network = None
+    if features is not None:
+        name, path = ("inception", None) if features == "inception" else ("classifier", features)
+        network = feature_network(name, path=path, device=place)
+    protocol = {
+        "source": config.data.source,
+        "split": split,
+        "preprocessing": loader.preprocess.record(),
+        "ema": config.ema,
+        "run": run.name,
+    }
+    model = load_model(run).to(place)
+    with watched(console, f"evaluate {run.name}") as watch:
+        shared: dict[str, Any] = {"limit": limit, "protocol": protocol, "progress": watch}
+        if config.kind == "tokenizer":
+            result = evaluate_tokenizer(model, loader, features=network, **shared)
+        elif config.kind == "classifier":
+            result = evaluate_classifier(model, loader, **shared)
+        else:
+            result = evaluate_prior(
+                model,
+                load_model(run / "tokenizer").to(place),
+                loader,
+                features=network,
+                reference=open_loader(config, "train", batch_size=64) if network else None,
+                classifier=open_model(classifier, "classifier", device)[1] if classifier else None,
+                samples=samples,
+                sampling=sampling,
+                seed=seed,
+                **shared,
+            )
+    write_text(run / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return result
+
+
+@contextmanager
+def watched(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar whose total is known only once the work reports it: yields hook(done, total)."""
+    with ExitStack() as stack:
+        advance: Callable[..., None] | None = None
+
+        def hook(done: int, total: int) -> None:
+            nonlocal advance
+            if advance is None:
+                advance = stack.enter_context(progress(console, title, total))
+            advance(done)
+
+        yield hook

@@ -1,0 +1,73 @@
+"""Two processes are one process on the joined batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from latticode import registry
+
+WORLD = 2
+STEPS = 3
+ROWS = (10, 50)  # of each rank: unequal
+SPECS: list[dict[str, Any]] = [
+    {"type": "vq", "size": 16, "dim": 3, "decay": 0.5, "restart": 0.9},
+    {"type": "vq", "size": 16, "dim": 3, "decay": 0.5, "restart": 0.9, "normalize": True},
+    {"type": "vq", "size": 16, "dim": 3, "decay": 0.5, "restart": 0.9, "update": "gradient"},
+    {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "restart": 0.5},  # more codes than tokens
+]
+
+
+def batch(step: int) -> Tensor:
+    """Of step `step`, all tokens; in step 1 the first rank has nothing finite."""
+    tokens = torch.randn(sum(ROWS), 3, generator=torch.Generator().manual_seed(step))
+    if step == 1:
+        tokens[: ROWS[0]] = torch.nan
+    return tokens
+
+
+def train(rank: int | None) -> list[dict[str, Tensor]]:
+    """State and codes of each spec after `STEPS` steps, on the tokens of `rank`, or on all for None."""
+    rows = slice(None) if rank is None else slice(ROWS[0] * rank, ROWS[0] + ROWS[1] * rank)
+    results = []
+    for spec in SPECS:
+        torch.manual_seed(0)
+        quantizer = registry.build(spec)
+        torch.manual_seed(100 * (rank or 0))  # the draws of rank 0 must win
+        start = quantizer.embedding.weight.detach().clone()
+        codes = torch.stack([quantizer(batch(step)[rows]).codes for step in range(STEPS)])
+        empty = quantizer(torch.zeros(0, 3)[: 5 * (rank or 0)])  # a step without tokens on any rank
+        assert len(empty.codes) == 0
+        results.append({**quantizer.state_dict(), "codes": codes, "start": start})
+    return results
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    # Built before the group in `train` of the parent, after it here: neither may matter.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    try:
+        torch.save(train(rank), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+def test_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    mp.spawn(_worker, (os.fspath(tmp_path),), nprocs=WORLD)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    for spec, single, first, second in zip(SPECS, train(None), *ranks, strict=True):
+        assert not torch.equal(single["weight" if "weight" in single else "embedding.weight"], single["start"]), spec
+        assert torch.equal(torch.cat([first["codes"], second["codes"]], dim=1), single["codes"]), spec
+        for key in single:
+            if key.startswith("embedding."):
+                assert torch.equal(first[key], second[key]), (spec, key)
+                torch.testing.assert_close(first[key], single[key], msg=lambda m, k=key: f"{spec} {k}: {m}")  # noqa: B023
