@@ -211,8 +211,8 @@ def levels(
         ("levels", "[" + ", ".join(map(str, found.levels)) + "]"),
         ("size", f"{found.size:,}"),
         ("bits", f"{found.bits:.3f}"),
-        ("entropy", f"{found.entropy:.3f} bits for a unit-normal input"),
-        ("usage", f"{found.usage:.2%} of the codes in a million unit-normal tokens"),
+        ("entropy", f"{found.entropy:.3f} bits for a unit-normal input under the {found.bound} bound"),
+        ("usage", f"{found.usage:.2%} of the codes appear in {found.tokens:,} unit-normal tokens"),
         ("source", found.source),
     ):
         table.add_row(name, value)

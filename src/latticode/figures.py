@@ -86,7 +86,7 @@ def readable(path: Path) -> bool:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
         return False
     return True
 

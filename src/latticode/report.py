@@ -121,9 +121,11 @@ def _image_sections(folder: Path) -> Iterator[Section]:
     kinds: dict[str, list[tuple[int, Path]]] = {"reconstructions": [], "samples": []}  # these two come first
     broken: list[str] = []
     for path in sorted(folder.glob("*.png")):
-        kind, step = re.fullmatch(r"(.+?)(?:-(\d+))?", path.stem, re.DOTALL).groups()  # type: ignore[union-attr]
+        kind, _, step = path.stem.rpartition("-")
+        if not kind or not step.isdecimal():
+            kind, step = path.stem, "0"
         if readable(path):
-            kinds.setdefault(kind, []).append((int(step or 0), path))
+            kinds.setdefault(kind, []).append((int(step), path))
         else:
             broken.append(path.name)
     for kind, entries in kinds.items():
@@ -224,7 +226,8 @@ def cell(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {cell(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(cell, value)) if len(value) <= 16 else f"{len(value):,} values"
+        cells = (f"({cell(inner)})" if isinstance(inner, list | tuple) else cell(inner) for inner in value)
+        return ", ".join(cells) if len(value) <= 16 else f"{len(value):,} values"
     return "none" if value is None else str(value)
 
 

@@ -246,7 +246,7 @@ def test_guidance_runs_the_second_branch_only_when_asked():
 
 
 def test_an_overfitted_prior_reproduces_its_images():
-    prior = small(width=48, dropout=0.0, label_smoothing=0.0)
+    prior = small(width=48, dropout=0.0, label_smoothing=0.0, label_dropout=0.5)
     generator = torch.Generator().manual_seed(3)
     images, labels = torch.randint(11, (2, 4, 4, 1), generator=generator), torch.tensor([0, 1])
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, weight_decay=0.0)
@@ -255,15 +255,18 @@ def test_an_overfitted_prior_reproduces_its_images():
         optimizer.zero_grad()
         prior.loss(images[rows], Conditioning(labels[rows]))["cross_entropy"].backward()
         optimizer.step()
+    cool = Sampling(temperature=0.3)  # 200 steps leave some 0.5 % to wrong tokens
     rows = torch.arange(8) % 2
-    assert torch.equal(prior.sample(8, Conditioning(labels[rows]), seed=1), images[rows])
-    assert (prior.bits(images, Conditioning(labels)) < 1).all()
+    assert torch.equal(prior.sample(8, Conditioning(labels[rows]), sampling=cool, seed=1), images[rows])
+    assert (prior.bits(images, Conditioning(labels)) < 2).all()
     assert (prior.bits(images, Conditioning(1 - labels)) > 16 * math.log2(11)).all(), "the other class's image"
-    free = prior.sample(16, sampling=Sampling(noise=1.0), seed=2)
-    assert {tuple(i.flatten().tolist()) for i in free} == {tuple(i.flatten().tolist()) for i in images}
+    free = prior.sample(16, sampling=cool, seed=2)
+    shares = [(free == image).all((1, 2, 3)).float().mean().item() for image in images]
+    assert min(shares) >= 0.2, "without a label it is one image or the other, with few mixtures"
+    assert sum(shares) >= 0.8
     known = images.clone()
     known[:, 1:] = -1
-    assert torch.equal(prior.sample(2, known=known), images), "the first row tells which image it is"
+    assert torch.equal(prior.sample(2, known=known, sampling=cool), images), "the first row tells which image it is"
 
 
 def test_bad_arguments_are_named():

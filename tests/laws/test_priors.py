@@ -66,7 +66,7 @@ def test_a_spec_and_a_state_rebuild_the_prior(spec: dict[str, Any]):
 def test_loss_is_a_finite_scalar_that_reaches_every_parameter(spec: dict[str, Any]):
     prior = build(spec)
     terms = prior.loss(random_codes(prior, 32), conditioning(prior, 32))
-    assert all(term.ndim == 0 and math.isfinite(term) for term in terms.values())
+    assert all(term.ndim == 0 and math.isfinite(term.item()) for term in terms.values())
     sum(terms.values(), torch.zeros(())).backward()
     assert [name for name, p in prior.named_parameters() if p.grad is None or not p.grad.any()] == []
 

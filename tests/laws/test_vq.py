@@ -49,6 +49,13 @@ def test_losses_are_the_published_ones(normalize: bool):
     assert list(VQ(16, 4)(z).losses) == ["commitment"]
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_code_vector_is_its_own_nearest_code(normalize: bool):
+    quantizer = VQ(300, 4, normalize=normalize, kmeans=False)
+    codes = torch.arange(300)[:, None]
+    assert torch.equal(quantizer.encode(quantizer.decode(codes)), codes)
+
+
 def test_a_learned_codebook_is_a_parameter_and_an_averaged_one_is_not():
     assert [name for name, _ in VQ(4, 2, update="gradient").named_parameters()] == ["embedding.weight"]
     assert not list(VQ(4, 2).parameters())
@@ -76,32 +83,34 @@ def test_the_averages_follow_their_equations():
 
 def test_unchosen_codes_stay_where_they_are():
     quantizer = VQ(3, 2, kmeans=False, restart=0.0)
-    quantizer.embedding.weight.copy_(torch.tensor([[0.0, 0.0], [50.0, 50.0], [-50.0, 50.0]]))
-    far = quantizer.embedding.weight[1:].clone()
-    for _ in range(3000):
-        quantizer(torch.randn(4, 2))
-    assert torch.equal(quantizer.embedding.weight[1:], far)
+    book = quantizer.embedding
+    book.weight.copy_(torch.tensor([[0.0, 0.0], [50.0, 50.0], [-50.0, 50.0]]))
+    book.count[1:] = 1e-7  # after a thousand steps without a token; far below the smoothing
+    book.total.copy_(book.weight * book.count[:, None])
+    far = book.weight[1:].clone()
+    quantizer(torch.randn(4, 2))
+    assert torch.equal(book.weight[1:], far)
 
 
 def test_an_averaged_codebook_converges_to_the_data():
-    quantizer = VQ(8, 3, decay=0.8)
-    for _ in range(20):
-        tokens, corners = blobs(30)
-        out = quantizer(tokens)
-    assert len(out.codes.unique()) == 8
-    distance = torch.cdist(corners, quantizer.embedding.weight).amin(dim=1)
-    assert distance.max() < 0.01
+    quantizer = VQ(64, 3, decay=0.5, kmeans=False)
+    losses = [quantizer(blobs(20)[0]).losses["commitment"] for _ in range(20)]
+    corners = blobs(1)[1]
+    assert losses[0] > 0.1
+    assert losses[-1] < 1e-3
+    assert torch.cdist(corners, quantizer.embedding.weight).amin(dim=1).max() < 0.02
 
 
 def test_a_learned_codebook_descends():
-    quantizer = VQ(8, 3, update="gradient", kmeans=False)
+    quantizer = VQ(64, 3, update="gradient", kmeans=False, restart=0.0)
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.05)
-    for _ in range(150):
+    losses = []
+    for _ in range(40):
         optimizer.zero_grad()
-        out = quantizer(blobs(10)[0])
-        out.losses["codebook"].backward()
+        losses.append(quantizer(blobs(10)[0]).losses["codebook"])
+        losses[-1].backward()
         optimizer.step()
-    assert out.losses["codebook"] < 1e-3
+    assert losses[-1] < 0.05 * losses[0]
     assert isinstance(quantizer.embedding.weight, nn.Parameter)
 
 
@@ -131,7 +140,7 @@ def test_kmeans_starts_from_distinct_tokens():
 def test_kmeans_of_few_tokens_makes_distinct_codes_beside_the_data(tokens: Tensor):
     centres, _ = kmeans(tokens, 32)
     assert len(centres.unique(dim=0)) >= 28
-    assert torch.cdist(centres, tokens).amin(dim=1).max() < 0.05
+    assert torch.cdist(centres.double(), tokens.double()).amin(dim=1).max() < 0.05
 
 
 def test_spherical_kmeans_stays_on_the_sphere():
@@ -141,9 +150,9 @@ def test_spherical_kmeans_stays_on_the_sphere():
 
 def test_a_normalized_codebook_stays_on_the_sphere_and_ignores_length():
     quantizer = VQ(16, 4, normalize=True)
+    z = torch.randn(100, 4)
     for _ in range(5):
-        z = torch.randn(100, 4)
-        quantizer(z)
+        quantizer(z + 0.1 * torch.randn(100, 4))
     torch.testing.assert_close(quantizer.embedding.weight.norm(dim=-1), torch.ones(16))
     quantizer.eval()
     assert torch.equal(quantizer.encode(z), quantizer.encode(7 * z))
@@ -152,7 +161,7 @@ def test_a_normalized_codebook_stays_on_the_sphere_and_ignores_length():
 
 
 def test_the_first_batch_with_tokens_initializes_once():
-    quantizer = VQ(8, 3)
+    quantizer = VQ(8, 3, restart=0.0)
     quantizer(torch.zeros(0, 3))
     quantizer(torch.full((4, 3), torch.nan))
     assert not quantizer.embedding.initialized
@@ -161,7 +170,7 @@ def test_the_first_batch_with_tokens_initializes_once():
     quantizer.train()(blobs(4)[0])
     assert quantizer.embedding.initialized
     weight = quantizer.embedding.weight.clone()
-    twin = VQ(8, 3)
+    twin = VQ(8, 3, restart=0.0)
     twin.load_state_dict(quantizer.state_dict())
     twin(blobs(4)[0])
     torch.testing.assert_close(twin.embedding.weight, weight, atol=0.01, rtol=0)  # one average, not k-means anew
@@ -172,11 +181,10 @@ def test_dead_codes_return_as_tokens_and_stay(update: str):
     quantizer = VQ(16, 3, update=update, kmeans=False, decay=0.9)
     with torch.no_grad():
         quantizer.embedding.weight[4:] = 1e3  # never the nearest
-    for _ in range(60):
-        out = quantizer(torch.randn(400, 3))
+    codes = [quantizer(torch.randn(400, 3)).codes for _ in range(40)]
     assert (quantizer.embedding.weight.abs() < 10).all()
     assert (quantizer.embedding.count > 0.1 * quantizer.embedding.count.mean()).float().mean() > 0.9
-    assert len(out.codes.unique()) == 16
+    assert len(codes[-1].unique()) == 16
 
 
 def test_a_revived_code_is_a_token_with_statistics_of_its_own():
@@ -193,9 +201,9 @@ def test_a_revived_code_is_a_token_with_statistics_of_its_own():
 
 
 def test_restart_can_be_switched_off():
-    quantizer = VQ(4, 3, kmeans=False, restart=0.0)
+    quantizer = VQ(4, 3, kmeans=False, restart=0.0, decay=0.5)
     quantizer.embedding.weight[3] = 1e3
-    for _ in range(300):
+    for _ in range(50):
         quantizer(torch.randn(50, 3))
     assert (quantizer.embedding.weight[3] == 1e3).all()
 

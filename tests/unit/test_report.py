@@ -225,6 +225,7 @@ def test_running_mean_keeps_constants_and_length():
         (True, "yes"),
         (None, "none"),
         ([1, 2.5], "1, 2.5"),
+        ([[3, 32, 32], [1, 8]], "(3, 32, 32), (1, 8)"),
         (list(range(100)), "100 values"),
         ({"a": 1}, "a: 1"),
         ("<b>", "<b>"),

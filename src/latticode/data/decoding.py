@@ -19,7 +19,7 @@ _NEW, _CACHED, _UNREADABLE = 0, 1, 2
 class Row(NamedTuple):
     pixels: np.ndarray  # (C, H, W) uint8
     label: int
-    index: int
+    position: int  # in the source
 
 
 class Decoder:
@@ -88,7 +88,7 @@ class Decoder:
         if self._room > 0 and index not in self._pictures:
             self._room -= picture.width * picture.height * (1 if picture.mode == "L" else 4)  # PIL pads RGB
             self._pictures[index] = replace(record, image=picture)
-        return Row(self.preprocess(picture, rng), record.label, index)
+        return Row(self.preprocess.pixels(picture, rng), record.label, index)
 
     def nothing_readable(self) -> ValueError:
         name, reason = next(iter(self.skipped.items()))

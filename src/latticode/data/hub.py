@@ -119,12 +119,20 @@ def _columns(features: Any, name: str) -> tuple[str, str | None, tuple[str, ...]
     import datasets
 
     images = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
+    images = images or [c for c in IMAGE_COLUMNS if _holds_bytes(features.get(c))]
     images = [c for c in images if c in IMAGE_COLUMNS] or images
     if not images:
         raise ValueError(f"{name!r} has no image column, only {', '.join(features)}")
     label = next((c for c in LABEL_COLUMNS if _names_a_class(features.get(c))), None)
     kind = features[label] if label else None
     return images[0], label, tuple(kind.names or ()) if isinstance(kind, datasets.ClassLabel) else ()
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import datasets
+
+    kind = kind.get("bytes") if isinstance(kind, dict) else kind
+    return isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
 
 
 def _names_a_class(kind: Any) -> bool:
@@ -145,6 +153,6 @@ def _encoded(dataset: Any) -> Any:
 
 
 def _bytes(value: Any) -> bytes:
-    if not value:
-        return b""
+    if not value or isinstance(value, bytes):
+        return value or b""
     return value["bytes"] or (Path(value["path"]).read_bytes() if value["path"] else b"")

@@ -71,7 +71,6 @@ class ParquetSource(Source):
 
     def _group(self, place: tuple[int, int]) -> Any:
         """The encoded images of a row group, an arrow array of binaries."""
-        import pyarrow.compute as pc
         import pyarrow.parquet as pq
         from pyarrow import types
 
@@ -82,7 +81,7 @@ class ParquetSource(Source):
         with pq.ParquetFile(self.files[place[0]]) as file:
             column = file.read_row_group(place[1], columns=[self.column])[self.column]
         if types.is_struct(column.type):
-            column = pc.struct_field(column, "bytes")
+            column = column.flatten()[column.type.get_field_index("bytes")]
         with self._lock:
             self._cache[place] = column
             while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > CACHE_BYTES:

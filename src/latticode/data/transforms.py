@@ -34,7 +34,8 @@ def decode_image(data: Image.Image | bytes | np.ndarray, name: str = "image") ->
     and for more than MAX_PIXELS pixels.
     """
     try:
-        return _normalise(_open(data))
+        image = _open(data)
+        return _normalise(image if isinstance(data, np.ndarray) else _upright(image))
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # a boundary: on damaged files PIL's plugins raise nearly anything
@@ -42,7 +43,7 @@ def decode_image(data: Image.Image | bytes | np.ndarray, name: str = "image") ->
 
 
 def _open(data: Image.Image | bytes | np.ndarray) -> Image.Image:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(data, bytes):
         if not data:
@@ -53,6 +54,8 @@ def _open(data: Image.Image | bytes | np.ndarray) -> Image.Image:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
                 image: Image.Image = Image.open(io.BytesIO(data))
+            except UnidentifiedImageError:  # its message is a memory address
+                raise ImageError("not an image, or of an unknown format") from None
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
     elif isinstance(data, np.ndarray):
@@ -93,8 +96,6 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
 def _normalise(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    image.load()
-    image = _upright(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return Image.fromarray(_to_bytes(np.asarray(image)))
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
@@ -109,6 +110,7 @@ def _normalise(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     from PIL import ExifTags, ImageOps
 
+    image.load()
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     except Exception:  # the pixels of a file with damaged EXIF data are still good
@@ -148,9 +150,12 @@ class Preprocess:
         self, image: Image.Image | bytes | np.ndarray, rng: np.random.Generator | None = None
     ) -> np.ndarray:  # (C, H, W) uint8
         """Raises ImageError if `image` cannot be decoded."""
+        return self.pixels(decode_image(image), rng)
+
+    def pixels(self, picture: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
+        """(C, H, W) uint8 of what `decode_image` gave."""
         from PIL import Image
 
-        picture = decode_image(image)
         mode = "L" if self.channels == 1 else "RGB"
         if picture.mode != mode:
             picture = picture.convert(mode)

@@ -26,12 +26,9 @@ from latticode.engine.config import ConfigError, OptimizerConfig, RunConfig, com
 from latticode.engine.feed import open_feed
 from latticode.engine.monitor import Monitor
 from latticode.engine.progress import progress
+from latticode.engine.tally import Tally, TrainingError
 from latticode.objectives import Objective
 from latticode.pretrained import save_model, write_text
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on; the last good checkpoint is on disk."""
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -165,7 +162,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     objective.train()
     batches = feed.batches(start * config.accumulate)
     images = config.batch_size * config.accumulate * distributed.world_size()
-    sums: dict[str, Tensor] = {}
+    tally = Tally()
     with Interrupt() as interrupt, progress(
         console if main else Console(quiet=True), f"train {config.kind}", config.steps, scale=images, start=start
     ) as advance:
@@ -173,7 +170,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
             save(0)
         for step in range(start, config.steps):
             torch.manual_seed(step_seed(config.seed, step, distributed.rank()))
-            rate = learning_rate(config.optimizer, step, config.steps)
+            rate, done = learning_rate(config.optimizer, step, config.steps), step + 1
             for micro in range(config.accumulate):
                 last = micro == config.accumulate - 1
                 batch = next(batches).to(accelerator.device)
@@ -186,19 +183,17 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                         if last:
                             _step(accelerator, optimizers[player], parameters, rate, config.optimizer.clip)
                         seen |= terms.keys()
-                        for name, value in terms.items():
-                            sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+                        tally.add(terms, done, 1 / config.accumulate)
                 if unused := sorted(config.weights.keys() - seen):
                     raise ConfigError(f"weights {', '.join(unused)} name no loss term; terms: {', '.join(sorted(seen))}")
             average.update(step)
-            done = step + 1
+            tally.steps += 1
             final = done == config.steps or interrupt.raised
             if final or done % config.log_every == 0 or done % config.save_every == 0:
-                count = done - max(start, (done - 1) // config.log_every * config.log_every)
-                means = _means(sums, count, step)
+                means = tally.means()
                 advance(done, **means)
                 if done % config.log_every == 0 or done == config.steps:
-                    sums.clear()
+                    tally.clear()
                     if monitor:
                         elapsed = seconds + time.monotonic() - began
                         train_means = {f"train/{k}": v for k, v in means.items()}
@@ -233,18 +228,6 @@ def _step(accelerator: Accelerator, optimizer: Any, parameters: list[Tensor], ra
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _means(sums: Mapping[str, Tensor], count: int, step: int) -> dict[str, float]:
-    """Means over the steps since the last log. Raises TrainingError naming a term that is not finite."""
-    means = {name: float(value) / count for name, value in sums.items()}
-    wrong = sorted(name for name, value in means.items() if not math.isfinite(value))
-    if wrong:
-        raise TrainingError(
-            f"loss term {', '.join(wrong)} is not finite by step {step + 1}; the checkpoint before it is kept. "
-            "Try a lower optimizer.lr, or optimizer.clip if it is 0, and --resume"
-        )
-    return means
 
 
 __all__ = ["TrainingError", "learning_rate", "train"]

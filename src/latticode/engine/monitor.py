@@ -30,7 +30,8 @@ class Monitor:
         self.batch = next(feed.held_out(), None)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float | None]) -> None:
+        values = {name: value for name, value in values.items() if value is not None}  # e.g. SSIM of tiny images
         append_line(self.folder / "metrics.jsonl", {"step": step, **values})
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)

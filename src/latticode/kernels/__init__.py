@@ -45,14 +45,12 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     return _nearest_code(x.detach(), codebook.detach())
 
 
-@torch.library.custom_op(
-    "latticode::nearest_code", mutates_args=(), schema="(Tensor x, Tensor codebook) -> Tensor"
-)
+@torch.library.custom_op("latticode::nearest_code", mutates_args=(), schema="(Tensor x, Tensor codebook) -> Tensor")
 def _nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return _NEAREST[_active](x, codebook)
 
 
-@_nearest_code.register_fake
+@torch.library.register_fake("latticode::nearest_code")
 def _(x: Tensor, codebook: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)

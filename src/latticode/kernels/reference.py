@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
-    """For each row of `x` (N, d) the row of `codebook` (K, d) at the least Euclidean distance: (N,) int64, in float64."""
+    """For each row of `x` (N, d) the row of `codebook` (K, d) at the least distance, in float64: (N,) int64."""
     distances = torch.cdist(x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
     return distances.argmin(dim=1)

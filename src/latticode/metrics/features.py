@@ -174,7 +174,7 @@ def _radii(points: Tensor, k: int) -> Tensor:
     for rows in torch.arange(len(points)).split(max(1, CHUNK // len(points))):
         distances = _squared_distances(points[rows], points)
         distances[torch.arange(len(rows)), rows] = torch.inf
-        radii.append(distances.kthvalue(k, dim=1).values)
+        radii.append(distances.topk(k, dim=1, largest=False).values[:, -1])
     return torch.cat(radii)
 
 

@@ -1,7 +1,7 @@
 """A pre-norm transformer. B batch, L sequence, D width, H heads, E = D / H width of a head.
 
-Norms come before attention and MLP, so the residual stream is an identity path: at equal steps a few-thousand-step run
-needs no long warm-up, which the post-norm layout of BERT does.
+Norms come before attention and MLP, so the residual stream is an identity path from embedding to output and a deep or
+fast run needs no long warm-up (2002.04745), which the post-norm layout of BERT and MaskGIT does.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def kmeans(tokens: Tensor, size: int, *, unit: bool = False, steps: int = LLOYD_
     """Lloyd's algorithm from `size` random distinct tokens: centres (size, D) and their numbers of tokens (size,).
 
     With fewer tokens than centres the rest are copies with a little noise, so that no two centres are equal and none
-    lies where there is no data. Without any token all is zero. `unit` keeps the centres at length 1 (spherical k-means).
+    lies where there is no data. Without any token all is zero. `unit` keeps the centres at length 1 (spherical
+    k-means).
     """
     centres = draw(tokens, size)
     if not len(centres):

@@ -1,0 +1,218 @@
+"""The loop: resumed = uninterrupted, two ranks = one, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FSQ_SPEC, QUIET, TINY, VQ_SPEC, tiny_config, tiny_tokenizer, tokenizer_spec
+from safetensors.torch import load_file
+
+from latticode import load
+from latticode.engine import ConfigError, TrainingError, load_config, train
+from latticode.engine.checkpoint import STATE
+from latticode.engine.config import OptimizerConfig
+from latticode.engine.loop import learning_rate
+from latticode.objectives import PIXEL_TERMS
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    one, two = weights(a), weights(b)
+    states = load_file(a / STATE), load_file(b / STATE)
+    return (
+        one.keys() == two.keys()
+        and all(torch.equal(one[k], two[k]) for k in one)
+        and states[0].keys() == states[1].keys()
+        and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    )
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    overrides = [*TINY, f"tokenizer={json.dumps(tokenizer_spec(FSQ_SPEC))}"]
+    return ["-m", "latticode.cli", "train", "fsq-tokenizer", *overrides, *more, "--out", str(folder)]
+
+
+@pytest.mark.parametrize("quantizer", [FSQ_SPEC, VQ_SPEC], ids=["fsq", "vq"])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_interrupted_and_resumed_ends_with_the_same_weights(tmp_path, monkeypatch, quantizer, stop) -> None:
+    config = tiny_config(quantizer)
+    whole = train(config, tmp_path / "whole", console=QUIET)
+    calls = 0
+    mse = PIXEL_TERMS["mse"]
+
+    def signalled(output, target):
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return mse(output, target)
+
+    monkeypatch.setitem(PIXEL_TERMS, "mse", signalled)
+    with pytest.raises(TrainingError, match=f"interrupted at step {stop} of 4, saved"):
+        train(config, tmp_path / "cut", console=QUIET)
+    monkeypatch.setitem(PIXEL_TERMS, "mse", mse)
+    torch.manual_seed(99)  # the state of the process must not matter
+    assert same(train(config, tmp_path / "cut", resume=True, console=QUIET), whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [2, 4]
+
+
+def test_killed_at_any_moment_and_resumed(tmp_path) -> None:
+    more = ("steps=30", "save_every=3", "picture_every=30", "log_every=10")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command(tmp_path / "whole", *more)], check=True, capture_output=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, *command(tmp_path / "cut", *more)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    state = tmp_path / "cut" / STATE
+    first = None
+    while time.monotonic() < deadline and process.poll() is None:  # killed as soon as a second state is being written
+        stamp = state.stat().st_mtime_ns if state.exists() else None
+        first = first or stamp
+        if stamp != first:
+            process.kill()
+            break
+        time.sleep(0.001)
+    assert process.wait() == -signal.SIGKILL
+    load(tmp_path / "cut")
+    subprocess.run(
+        [sys.executable, *command(tmp_path / "cut", *more), "--resume"], check=True, capture_output=True, env=environment
+    )
+    assert same(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("quantizer", [FSQ_SPEC, VQ_SPEC], ids=["fsq", "vq"])
+def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path, quantizer) -> None:
+    spec = f"tokenizer={json.dumps(tokenizer_spec(quantizer))}"
+    more = ["weights={mse: 1, l1: 0.2, commitment: 0.25}"] if quantizer["type"] == "vq" else []
+    base = ["train", "fsq-tokenizer", *TINY, spec, *more]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launcher, "-m", "latticode.cli", *base, "--out", str(tmp_path / "two")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    one = train(tiny_config(quantizer, "batch_size=8"), tmp_path / "one", console=QUIET)
+    ours, theirs = weights(one), weights(tmp_path / "two")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_accumulation_equals_the_big_batch(tmp_path) -> None:
+    big = train(tiny_config(FSQ_SPEC, "batch_size=8"), tmp_path / "big", console=QUIET)
+    small = train(tiny_config(FSQ_SPEC, "batch_size=4", "accumulate=2"), tmp_path / "small", console=QUIET)
+    ours, theirs = weights(small), weights(big)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch) -> None:
+    calls = 0
+    mse = PIXEL_TERMS["mse"]
+
+    def failing(output, target):
+        nonlocal calls
+        calls += 1
+        return mse(output, target) * (float("nan") if calls > 2 else 1)
+
+    monkeypatch.setitem(PIXEL_TERMS, "mse", failing)
+    with pytest.raises(TrainingError, match="loss term mse was not finite at step 3;"):
+        train(tiny_config(), tmp_path, console=QUIET)
+    assert all(v.isfinite().all() for v in weights(tmp_path).values() if v.is_floating_point())
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch) -> None:
+    import safetensors.torch
+
+    folder = tmp_path / "run"
+    save, calls = safetensors.torch.save_file, 0
+
+    def full(tensors, path, metadata):
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # the checkpoint of step 0 fits
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tiny_config(), folder, console=QUIET)
+    load(folder)
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    assert not list(folder.rglob("*.tmp"))
+    assert same(train(tiny_config(), folder, resume=True, console=QUIET), tiny_tokenizer(tmp_path / "whole"))
+
+
+def test_weights_and_terms_must_name_the_same_keys(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no weight for the loss terms l1"):
+        train(tiny_config(FSQ_SPEC, "weights={mse: 1}"), tmp_path / "a", console=QUIET)
+    with pytest.raises(ConfigError, match="weights ssim name no loss term"):
+        train(tiny_config(FSQ_SPEC, "weights={mse: 1, l1: 1, ssim: 1}"), tmp_path / "b", console=QUIET)
+
+
+def test_a_run_is_not_overwritten(tmp_path) -> None:
+    tiny_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match="already holds a run; resume it with --resume"):
+        tiny_tokenizer(tmp_path)
+
+
+def test_schedule() -> None:
+    config = OptimizerConfig(lr=1.0, warmup=10, final=0.1)
+    rates = [learning_rate(config, step, 110) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stesp=3"], "unknown key 'stesp'; nearest: steps"),
+        (["data.sorce=x"], "unknown key 'data.sorce'; nearest: source"),
+        (["steps=0"], "steps: .*greater than 0, got 0"),
+        (["steps"], "an override is key=value, got 'steps'"),
+        (["steps.a=1"], "steps is 4000, which has no keys"),
+        (["data.channels=2"], "data.channels: "),
+        (["data.crop=middle"], "data: .*middle"),
+        (["tokenizer.quantizer.level=[8]"], "unknown key 'level' for type 'fsq'; nearest: levels"),
+        (["tokenizer.quantizer.type=fqs"], "unknown type 'fqs'; nearest: fsq"),
+        (["tokenizer.quantizer={type: vq, size: 8}"], "type 'vq' lacks dim"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_what_could(tmp_path, overrides, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(load_config("fsq-tokenizer", overrides), tmp_path, console=QUIET)
+
+
+def test_recipes_by_name_and_path(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"no recipe 'fsq-tokeniser'; nearest: fsq-tokenizer"):
+        load_config("fsq-tokeniser")
+    with pytest.raises(ConfigError, match=r"no recipe file .*nowhere\.yaml"):
+        load_config(str(tmp_path / "nowhere.yaml"))
+    (tmp_path / "mine.yaml").write_text("steps: [")
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not valid YAML"):
+        load_config(str(tmp_path / "mine.yaml"))
+    with pytest.raises(ConfigError, match="a prior needs a trained tokenizer"):
+        load_config("maskgit")
+    assert load_config("fsq-tokenizer", ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
