@@ -241,7 +241,7 @@ def demo(
 
 def _skipped(skipped: dict[str, str]) -> None:
     for name, reason in skipped.items():
-        err.print(f"skipped {name}: {reason}", style="yellow", markup=False)
+        err.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
     if skipped:
         err.print(f"{len(skipped)} images skipped", style="yellow")
 
@@ -249,14 +249,14 @@ def _skipped(skipped: dict[str, str]) -> None:
 def main() -> None:
     """Run the command line; bad input ends with one message and exit code 2."""
     try:
-        app()
+        app(prog_name="latticode")
     except Exception as error:
         from latticode.engine import TrainingError
 
         if not isinstance(error, ValueError | OSError | TrainingError) or "LATTICODE_TRACEBACK" in os.environ:
             raise
         err.print("error:", style="bold red", end=" ")
-        err.print(str(error), markup=False, highlight=False)
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

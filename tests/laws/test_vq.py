@@ -56,6 +56,19 @@ def test_a_code_vector_is_its_own_nearest_code(normalize: bool):
     assert torch.equal(quantizer.encode(quantizer.decode(codes)), codes)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_token_gets_no_gradient(normalize: bool, value: float):
+    z = torch.randn(10, 4)
+    z[3, 1] = value
+    z.requires_grad_()
+    out = VQ(8, 4, normalize=normalize, update="gradient", kmeans=False)(z)
+    (gradient,) = torch.autograd.grad(out.latents.sum() + sum(out.losses.values()), z)
+    assert (gradient[3] == 0).all()
+    assert gradient.isfinite().all()
+    assert (out.codes[3] == -1).all()
+
+
 def test_a_learned_codebook_is_a_parameter_and_an_averaged_one_is_not():
     assert [name for name, _ in VQ(4, 2, update="gradient").named_parameters()] == ["embedding.weight"]
     assert not list(VQ(4, 2).parameters())

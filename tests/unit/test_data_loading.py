@@ -13,7 +13,7 @@ from PIL import Image
 
 from latticode.data import Loader, Preprocess, Record, StreamSource
 from latticode.data import decoding as decoding_module
-from latticode.data.order import IndexStream, prefetch
+from latticode.data.order import SHUFFLE_BUFFER, IndexStream, prefetch, shuffled
 from latticode.data.records import ArraySource
 from latticode.types import Batch
 
@@ -44,9 +44,8 @@ class Stream(StreamSource):
     def __init__(self, base: ArraySource):
         self.base, self.name, self.classes = base, "stream", base.classes
 
-    def records(self, shuffle: tuple[int, int] | None = None) -> Iterator[tuple[int, Record]]:
-        order = range(len(self.base)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self.base))
-        return ((int(i), self.base[int(i)]) for i in order)
+    def records(self) -> Iterator[tuple[int, Record]]:
+        return ((i, self.base[i]) for i in range(len(self.base)))
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -126,6 +125,13 @@ def test_prefetch_passes_errors_on(workers):
         list(prefetch(iter([lambda: 1, lambda: 1 // 0]), workers))
 
 
+def test_stream_is_mixed_within_a_window():
+    order = list(shuffled(iter(range(5000)), np.random.default_rng(0)))
+    assert sorted(order) == list(range(5000))
+    assert all(item < place + SHUFFLE_BUFFER for place, item in enumerate(order))
+    assert np.corrcoef(order[:1000], range(1000))[0, 1] < 0.6
+
+
 # Batches
 
 KINDS = {
@@ -187,6 +193,12 @@ def test_augmentation_varies_between_epochs_and_can_be_turned_off():
     flipped = (first != a).flatten(1).any(1)
     assert 4 <= flipped.sum() <= 19
     assert torch.equal(torch.where(flipped[:, None, None, None], a.flip(-1), a), first)
+
+
+def test_random_crops_vary_between_epochs():
+    pre = Preprocess(4, 1, crop="random")
+    first, second = (b.images[b.indices.argsort()] for b in take(Loader(source(), pre, 23), 2))
+    assert (first != second).flatten(1).any(1).sum() > 11
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,8 +19,6 @@ from latticode.data.records import (
     select,
 )
 
-SHUFFLE_BUFFER = 1024  # records a shuffled stream draws from
-
 
 class HubSource(Source):
     """A downloaded dataset, its splits one after another."""
@@ -64,16 +62,10 @@ class HubStream(StreamSource):
         if features is None:
             raise ValueError(f"{name!r} does not declare its columns, so it cannot be streamed; leave out ?streaming")
         self.column, self.label, self.classes = _columns(features, name)
-        joined = datasets.concatenate_datasets(streams)
-        self.stream: Any = joined.map(lambda row, i: {"position": i}, with_indices=True)
+        self.stream: Any = datasets.concatenate_datasets(streams)
 
-    def records(self, shuffle: tuple[int, int] | None = None) -> Iterator[tuple[int, Record]]:
-        stream = self.stream
-        if shuffle is not None:
-            stream = stream.shuffle(seed=shuffle[0], buffer_size=SHUFFLE_BUFFER)
-            stream.set_epoch(shuffle[1])
-        for row in stream:
-            position = row["position"]
+    def records(self) -> Iterator[tuple[int, Record]]:
+        for position, row in enumerate(self.stream):
             name = self.name_of(position)
             if self.by_position and is_held_out(name, self.holdout) != (self.split == "test"):
                 continue

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from latticode.data.decoding import FLIP, Decoder, Row
-from latticode.data.order import IndexStream, chunks, prefetch
+from latticode.data.order import IndexStream, chunks, prefetch, shuffled
 from latticode.data.records import Record, Source, StreamSource
 from latticode.data.tokens import TokenDataset
 from latticode.data.transforms import Preprocess, to_float
@@ -130,7 +130,8 @@ class Loader:
         t, held = 0, []
         for epoch in count():
             before = t, len(held)
-            for index, record in self.source.records((self.order.seed, epoch)):
+            rng = np.random.default_rng((self.order.seed, epoch))
+            for index, record in shuffled(self.source.records(), rng):
                 held.append((epoch, index, record))
                 if len(held) == size:
                     if t >= start:

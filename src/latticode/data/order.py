@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
+SHUFFLE_BUFFER = 1024
 
 
 class IndexStream:
@@ -54,6 +55,19 @@ class IndexStream:
 def chunks(indices: range, size: int) -> Iterator[np.ndarray]:
     for start in range(0, len(indices), size):
         yield np.asarray(indices[start : start + size], dtype=np.int64)
+
+
+def shuffled(items: Iterator[T], rng: np.random.Generator) -> Iterator[T]:
+    """A stream mixed within a window: each draw is one of the next SHUFFLE_BUFFER items that are still to come."""
+    held: list[T] = []
+    for item in items:
+        if len(held) < SHUFFLE_BUFFER:
+            held.append(item)
+            continue
+        place = int(rng.integers(SHUFFLE_BUFFER))
+        drawn, held[place] = held[place], item
+        yield drawn
+    yield from (held[place] for place in rng.permutation(len(held)))
 
 
 def prefetch(jobs: Iterator[Callable[[], T]], workers: int) -> Iterator[T]:

@@ -47,8 +47,8 @@ class StreamSource(Source):
     """A source that can only be read from its start: no length, no random access."""
 
     @abstractmethod
-    def records(self, shuffle: tuple[int, int] | None = None) -> Iterator[tuple[int, Record]]:
-        """(position in the source, record), in order, or shuffled by (seed, epoch) within a buffer."""
+    def records(self) -> Iterator[tuple[int, Record]]:
+        """(position in the source, record) from the start, always in the same order."""
 
     def __len__(self) -> int:
         raise TypeError(f"{self.name} is streamed and has no length")

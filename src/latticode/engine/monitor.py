@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from latticode.engine.feed import Feed
 from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.pixels import PixelMetrics
 from latticode.pictures import grid_image, save_png, side_by_side
+from latticode.pretrained import write_text
 from latticode.types import Conditioning
 
 PICTURED, SAMPLED = 16, 32
@@ -66,7 +69,17 @@ class Monitor:
         save_png(self.folder / "images" / f"{kind}-{step:06d}.png", image)
         self.writer.add_image(kind, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, model: Any, seconds: float, facts: Mapping[str, Any]) -> None:
+        """Write run.json, what the report says of the run as a whole."""
+        about = {
+            "title": f"{self.folder.resolve().name}: {self.config.about}",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "steps": self.config.steps,
+            "seconds": round(seconds, 1),
+            "date": date.today().isoformat(),
+            **facts,
+        }
+        write_text(self.folder / "run.json", json.dumps(about, indent=2) + "\n")
         self.writer.close()
 
 

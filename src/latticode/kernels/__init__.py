@@ -30,8 +30,9 @@ def use(name: str) -> Iterator[None]:
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """For each row of `x` (N, d) the row of `codebook` (K, d) at the least Euclidean distance: (N,) int64.
 
-    Exact in float64 up to ties of the inputs rounded to float32; half precision is widened, autocast has no effect and
-    no gradient flows. A row that is not finite gets some code in 0 .. K-1. One opaque operator to torch.compile.
+    The answer is that of float64, unless more codes tie in float32 than the fast kernel compares exactly: then it is
+    one of these. Half precision is widened, autocast has no effect, and no gradient flows. A row that is not finite
+    gets some code in 0 .. K-1. One opaque operator to torch.compile.
 
     Raises:
         ValueError: for other ranks, different widths, an empty codebook or integers.

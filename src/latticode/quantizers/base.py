@@ -50,7 +50,8 @@ class Quantizer(nn.Module, ABC):
             )
         if torch.compiler.is_compiling() or codes.numel() == 0:
             return
-        low, high = codes.flatten(0, -2).amin(0).tolist(), codes.flatten(0, -2).amax(0).tolist()
+        flat = codes.reshape(-1, len(self.vocab))
+        low, high = flat.amin(0).tolist(), flat.amax(0).tolist()
         if any(a < 0 or b >= size for a, b, size in zip(low, high, self.vocab, strict=True)):
             raise ValueError(f"codes must lie in 0 .. {[n - 1 for n in self.vocab]} per slot, got {low} .. {high}")
 

@@ -1,0 +1,163 @@
+"""The command line as a user meets it: the whole road on tiny runs, and one clear message for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TINY, tiny_tokenizer
+from PIL import Image
+
+from latticode import cli
+
+
+def run(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["latticode", *map(str, words)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as leave:
+        code = int(leave.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def read(path: Path) -> tuple[np.ndarray, dict]:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int), json.loads(image.info.get("latticode", "{}"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    return tiny_tokenizer(tmp_path_factory.mktemp("cli") / "tokenizer")
+
+
+@pytest.fixture
+def latticode(monkeypatch, capsys):
+    return lambda *words: run(monkeypatch, capsys, *words)
+
+
+def test_the_whole_road(latticode, tokenizer, tmp_path) -> None:
+    tokens, pictures, prior = tmp_path / "tokens", tmp_path / "pictures", tmp_path / "prior"
+    code, _, err = latticode("encode", tokenizer, "embedded:digits", tokens, "--split", "test")
+    assert code == 0, err
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    assert manifest["vocab"] == [12]
+    assert manifest["preprocess"]["resize"] == "bicubic"
+    code, _, err = latticode("decode", tokenizer, tokens, pictures)
+    assert code == 0, err
+    files = sorted(pictures.iterdir())
+    assert len(files) == manifest["count"]
+    assert read(files[0])[0].shape == (8, 8)
+
+    tiny = ["steps=2", "log_every=1", "batch_size=8", "prior.width=16", "prior.depth=1", "prior.heads=2"]
+    code, _, err = latticode("train", "maskgit", f"tokenizer={tokenizer}", *tiny, "--out", prior)
+    assert code == 0, err
+    assert (prior / "report.html").is_file()
+    code, _, err = latticode("sample", prior, "--count", 5, "--label", 3, "--guidance", 2, "--steps", 3, "--seed", 7)
+    assert code == 0, err
+    _, settings = read(prior / "samples" / "sample-00000.png")
+    assert (settings["seed"], settings["label"], settings["guidance"], settings["steps"]) == (7, 3, 2.0, 3)
+    small = tmp_path / "again"
+    latticode(
+        "sample", prior, "--count", 5, "--label", 3, "--guidance", 2, "--steps", 3, "--seed", 7, "--batch-size", 2, "-o", small
+    )
+    for index in range(5):
+        pair = [read(f / f"sample-{index:05d}.png")[0] for f in (prior / "samples", small)]
+        assert np.abs(pair[0] - pair[1]).max() <= 1
+
+    classifier = tmp_path / "classifier"
+    code, _, err = latticode("train", "classifier", *TINY[:4], "steps=2", "classifier.width=4", "--out", classifier)
+    assert code == 0, err
+    code, out, err = latticode(
+        "evaluate", prior, "--features", classifier, "--classifier", classifier, "--samples", 20, "--limit", 20
+    )
+    assert code == 0, err
+    result = json.loads((prior / "evaluation.json").read_text())
+    assert result["protocol"]["feature_network"] == "classifier"
+    assert 0 < result["bits_per_token"]
+    assert "fid_classifier" in out
+    for folder in (tokenizer, classifier):
+        code, _, err = latticode("evaluate", folder, "--limit", 30)
+        assert code == 0, err
+    assert json.loads((tokenizer / "evaluation.json").read_text())["protocol"]["split"] == "test"
+
+
+def test_photographs_keep_their_own_size(latticode, tokenizer, tmp_path) -> None:
+    photos, tokens, back = tmp_path / "photos", tmp_path / "tokens", tmp_path / "back"
+    photos.mkdir()
+    generator = np.random.default_rng(0)
+    for name, size in {"a": (9, 14), "b": (20, 20), "c": (9, 14)}.items():
+        Image.fromarray(generator.integers(0, 255, size, np.uint8)).save(photos / f"{name}.png")
+    (photos / "broken.png").write_bytes(b"not an image")
+    code, _, err = latticode("encode", tokenizer, photos, tokens, "--own-size")
+    assert code == 0, err
+    assert "skipped broken.png" in err
+    code, _, err = latticode("decode", tokenizer, tokens, back)
+    assert code == 0, err
+    assert [read(f)[0].shape for f in sorted(back.iterdir())] == [(9, 14), (20, 20), (9, 14)]
+
+
+def test_levels(latticode) -> None:
+    code, out, _ = latticode("levels", "--bits", 12)
+    assert code == 0
+    assert "[7, 5, 5, 5, 5]" in out
+    assert "4,375" in out
+    assert latticode("levels", "--size", 4096)[1] == out
+
+
+def test_recipes_are_listed(latticode) -> None:
+    code, out, _ = latticode("recipes")
+    assert code == 0
+    for name in ("fsq-tokenizer", "maskgit", "classifier"):
+        assert re.search(rf"^{name}\s+\S", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["encode"], ["decode"], ["sample"], ["evaluate"], ["levels"], ["demo"]])
+def test_help_reads(latticode, words) -> None:
+    code, out, _ = latticode(*words, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "fsq-tokenizer", "stesp=1"], "unknown key 'stesp'; nearest: steps"),
+        (["train", "fsq-tokenizer", "data.source=nowhere"], "unknown source 'nowhere'"),
+        (["train", "nothing"], "no recipe 'nothing'"),
+        (["train", "maskgit"], "a prior needs a trained tokenizer"),
+        (["levels"], "bits"),
+        (["levels", "--bits", "0.1"], "0.1"),
+        (["encode", "nowhere", "embedded:digits", "out"], "nowhere is not the folder of a run"),
+        (["encode", "RUN", "embedded:digit", "out"], "embedded are"),
+        (["encode", "RUN", "embedded:digits", "out", "--device", "tpu9"], "no device 'tpu9'"),
+        (["decode", "RUN", "nowhere", "out"], "nowhere is no token dataset"),
+        (["sample", "RUN"], "is the run of a tokenizer; a prior's is needed"),
+        (["evaluate", "RUN", "--features", "nowhere"], "nowhere holds no model.safetensors"),
+        (["sample", "RUN", "--count", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_one_clear_message_and_exit_code_2(latticode, tokenizer, tmp_path, monkeypatch, words, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = latticode(*[tokenizer if word == "RUN" else word for word in words])
+    assert code == 2
+    assert message in re.sub(r"\s+", " ", err)
+    assert "Traceback" not in err
+
+
+def test_tokens_of_another_tokenizer_are_refused(latticode, tokenizer, tmp_path) -> None:
+    other = tiny_tokenizer(tmp_path / "other")
+    from latticode import load
+
+    model = load(other)
+    next(model.parameters()).data += 1
+    model.save_pretrained(other)
+    latticode("encode", tokenizer, "embedded:digits", tmp_path / "tokens", "--split", "test")
+    code, _, err = latticode("decode", other, tmp_path / "tokens", tmp_path / "out")
+    assert code == 2
+    assert "made by another tokenizer" in err
