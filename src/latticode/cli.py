@@ -30,7 +30,6 @@ class Split(StrEnum):
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the best there is.")]
 
 
