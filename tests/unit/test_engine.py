@@ -175,6 +175,14 @@ def test_a_run_is_not_overwritten(tmp_path) -> None:
         tiny_tokenizer(tmp_path)
 
 
+def test_a_resumed_run_keeps_its_configuration(tmp_path) -> None:
+    tiny_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.002 there, 0\.5 now"):
+        train(tiny_config(FSQ_SPEC, "optimizer.lr=0.5"), tmp_path, resume=True, console=QUIET)
+    longer = train(tiny_config(FSQ_SPEC, "steps=6"), tmp_path, resume=True, console=QUIET)
+    assert json.loads((longer / "run.json").read_text())["steps"] == 6
+
+
 def test_schedule() -> None:
     config = OptimizerConfig(lr=1.0, warmup=10, final=0.1)
     rates = [learning_rate(config, step, 110) for step in range(110)]

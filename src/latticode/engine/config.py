@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -217,6 +217,27 @@ def read_run(folder: Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
     return validate(parse_yaml(path.read_text(), str(path)))
+
+
+FREE_ON_RESUME = {"about", "steps", "log_every", "picture_every", "save_every"}
+
+
+def check_resumed(config: RunConfig, folder: Path) -> None:
+    """Raise ConfigError if the run in `folder` was begun under another configuration, naming the keys that differ."""
+    old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (read_run(folder), config))
+    differ = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k.split(".")[0] not in FREE_ON_RESUME]
+    differ = [k for k in differ if k != "data.workers"]
+    if differ:
+        changes = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ[:5])
+        raise ConfigError(f"{folder} was begun with another configuration, so it cannot be resumed with this one: {changes}")
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _leaves(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
 
 
 def to_yaml(config: RunConfig) -> str:

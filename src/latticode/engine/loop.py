@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from latticode import distributed, registry
 from latticode.engine.checkpoint import STATE, append_line, cut_lines, load_state, save_state
-from latticode.engine.config import ConfigError, OptimizerConfig, RunConfig, complete, to_yaml
+from latticode.engine.config import ConfigError, OptimizerConfig, RunConfig, check_resumed, complete, to_yaml
 from latticode.engine.feed import open_feed
 from latticode.engine.monitor import Monitor
 from latticode.engine.progress import progress
@@ -144,6 +144,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     modules = {"model": model, "objective": objective}
     start, seconds = 0, 0.0
     if resume and (folder / STATE).exists():
+        check_resumed(config, folder)
         metadata = load_state(folder, modules, optimizers, average.tensors)
         start, seconds = metadata["step"], metadata["seconds"]
     if main:
