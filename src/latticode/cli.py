@@ -35,7 +35,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes th
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see `latticode recipes`) or a .yaml file.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe (see `latticode recipes`) or a .yaml file.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. steps=2000 data.source=photos/"),
@@ -74,11 +76,17 @@ def recipes() -> None:
 @app.command()
 def encode(
     run: RunFolder,
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder, parquet, tar, idx folder, hub:NAME, embedded:NAME.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Folder, parquet, tar, idx folder, hub:NAME, embedded:NAME.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the token dataset.")],
     split: Annotated[Split, typer.Option(help="Part of the source.")] = Split.all,
-    own_size: Annotated[bool, typer.Option("--own-size", help="Keep every image's size, padded to the stride.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the shards that are there and encode the rest.")] = False,
+    own_size: Annotated[
+        bool, typer.Option("--own-size", help="Keep every image's size, padded to the stride.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the shards that are there and encode the rest.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Device = "auto",
 ) -> None:
@@ -94,7 +102,10 @@ def encode(
     if own_size:
         preprocess, batch_size = replace(preprocess, size=None), 1
     loader = Loader(
-        open_source(source, split.value, holdout=config.data.holdout), preprocess, batch_size, workers=config.data.workers
+        open_source(source, split.value, holdout=config.data.holdout),
+        preprocess,
+        batch_size,
+        workers=config.data.workers,
     )
     dataset = tokens.encode(tokenizer, loader, target, console=err, resume=resume)
     _skipped(dataset.manifest["skipped"])
@@ -157,9 +168,13 @@ def sample(
 @app.command()
 def evaluate(
     run: RunFolder,
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="Default: what the run was trained on.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[SOURCE]", help="Default: what the run was trained on.")
+    ] = None,
     split: Annotated[Split, typer.Option(help="Part of the source to score on.")] = Split.test,
-    features: Annotated[str | None, typer.Option(help="Network of FID: `inception` or the folder of a classifier run.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Network of FID: `inception` or the folder of a classifier run.")
+    ] = None,
     classifier: Annotated[Path | None, typer.Option(help="Classifier run that judges the samples' labels.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples drawn from a prior.")] = 1000,
     limit: Annotated[int | None, typer.Option(min=1, help="Score on the first N images only.")] = None,

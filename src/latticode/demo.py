@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from latticode.types import Sampling
 
 DIGITS = ("data.source=embedded:digits", "data.size=32", "data.channels=1", "data.crop=center", "data.flip=false")
 SMALL = ("picture_every=100000", "save_every=100000", "ema=0.99")
+EIGHTH = ("width=16", "groups=4", "multipliers=[1,2,4,4]")  # f=8: 16 tokens a digit
 STAGES = {
     "photos": ("fsq-tokenizer", [*SMALL, "steps=900", "batch_size=16"]),
     "classifier": ("classifier", ["steps=400", "batch_size=64"]),
@@ -29,9 +31,8 @@ STAGES = {
             "steps=500",
             "batch_size=32",
             "tokenizer.quantizer.levels=[8,5,5,5]",
-            "tokenizer.encoder={type: conv_encoder, width: 16, multipliers: [1, 2, 4, 4], blocks: [0, 1, 1, 1], "
-            "latent: 64, groups: 4}",
-            "tokenizer.decoder={type: conv_decoder, width: 16, multipliers: [1, 2, 4, 4], blocks: 1, latent: 64, groups: 4}",
+            *(f"tokenizer.{part}.{value}" for part in ("encoder", "decoder") for value in EIGHTH),
+            "tokenizer.encoder.blocks=[0,1,1,1]",
         ],
     ),
     "prior": ("maskgit", [*SMALL, "steps=1200", "batch_size=64", "prior.width=128", "prior.depth=4", "prior.heads=4"]),
@@ -68,19 +69,19 @@ def run_demo(folder: Path, console: Console) -> Path:
     sections = [
         Section(
             "A photograph as tokens",
-            f"Left the original, right what the decoder makes of its tokens. The tokenizer never saw this photograph. {about}",
+            f"Left the original, right what the decoder makes of its tokens. The tokenizer never saw it. {about}",
             (Picture(photograph),),
         ),
         Section(
             "Digits sampled from the prior",
-            f"One column per class, 12 steps, guidance {SAMPLING.guidance:g}. The separate classifier reads {accuracy} of "
-            f"500 such samples as the digit asked for, and {score['label_accuracy_real']:.1%} of real test digits.",
+            f"One column per class, 12 steps, guidance {SAMPLING.guidance:g}. A separate classifier reads {accuracy} of 500 "
+            f"such samples as the digit asked for, and {score['label_accuracy_real']:.1%} of real test digits.",
             (Picture(grid),),
         ),
     ]
     for name in STAGES:
         for section in run_sections(folder / name):
-            sections.append(Section(**vars(section) | {"title": f"{name}: {section.title}"}))
+            sections.append(replace(section, title=f"{name}: {section.title}"))
     page = folder / "report.html"
     write_page(page, "latticode demo", sections, {"minutes": round(minutes, 1), "device": str(runs.pick_device())})
     return page

@@ -1,8 +1,8 @@
 """What training optimizes, as turns of players.
 
 An objective is built from a spec like any module, so it can own networks that the trained model does not (a critic).
-`players` names the modules that are optimized; `turns` yields one (player, unweighted loss terms) after another, and the
-engine weighs, backpropagates into that player alone and steps. A generator may share one forward pass between turns.
+`players` names the modules that are optimized; `turns` yields one (player, unweighted loss terms) after another, and
+the engine weighs, backpropagates into that player alone and steps. A generator may share one forward between turns.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ WEIGHTS, SCHEMA = "model.safetensors", 1
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary name beside `path`, flush it to disk, then rename: a reader sees old or new, whole."""
+    """Call `write` with a temporary name beside `path`, flush, then rename: a reader sees old or new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)

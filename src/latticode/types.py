@@ -72,7 +72,9 @@ class Sampling:
 
     steps: int = 12  # forward passes of an iterative decoder
     temperature: float = 1.0  # of the token draw
-    noise: float = 4.5  # Gumbel noise on the confidences at the first step, annealed to 0 (MaskGIT's choice temperature)
+    noise: float = (
+        4.5  # Gumbel noise on the confidences at the first step, annealed to 0 (MaskGIT's choice temperature)
+    )
     guidance: float = 0.0  # w in l_c + w (l_c - l_0); 0 = off
     schedule: str = "cosine"  # of the masked fraction over the steps
     top_k: int = 0  # keep the k likeliest tokens; 0 = all

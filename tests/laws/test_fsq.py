@@ -121,12 +121,12 @@ def test_no_state_and_no_codebook() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(levels=[1, 5]), r"levels must be integers >= 3 .* got \[1, 5\]"),
-        (dict(levels=[2, 5]), "for L = 2 use bound='symmetric'"),
-        (dict(levels=[]), "levels must be"),
-        (dict(levels=[8] * 21), r"below 2\^63"),
-        (dict(levels=[8], bound="sine"), "bound must be one of paper, symmetric, equal-bins, got 'sine'"),
-        (dict(levels=[8], slope=0.0), "slope must be > 0, got 0.0"),
+        ({"levels": [1, 5]}, r"levels must be integers >= 3 .* got \[1, 5\]"),
+        ({"levels": [2, 5]}, "for L = 2 use bound='symmetric'"),
+        ({"levels": []}, "levels must be"),
+        ({"levels": [8] * 21}, r"below 2\^63"),
+        ({"levels": [8], "bound": "sine"}, "bound must be one of paper, symmetric, equal-bins, got 'sine'"),
+        ({"levels": [8], "slope": 0.0}, "slope must be > 0, got 0.0"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:

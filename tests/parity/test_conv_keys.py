@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from latticode.registry import build
 
-# f=16, 128 channels x (1, 1, 2, 2, 4), attention at the lowest resolution: a few keys of each kind, and all their number.
+# f=16, 128 channels x (1, 1, 2, 2, 4), attention at the lowest resolution: a few keys of each kind, and their number.
 PUBLISHED = {
     "encoder.conv_in.weight": (128, 3, 3, 3),
     "encoder.down.0.block.0.norm1.weight": (128,),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers import QUIET, tiny_tokenizer
 
+from helpers import QUIET, tiny_tokenizer
 from latticode import load
 from latticode.engine import load_config, train
 from latticode.engine.config import recipe_names

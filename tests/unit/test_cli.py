@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, tiny_tokenizer
 from PIL import Image
 
+from helpers import TINY, tiny_tokenizer
 from latticode import cli
 
 
@@ -64,7 +64,22 @@ def test_the_whole_road(latticode, tokenizer, tmp_path) -> None:
     assert (settings["seed"], settings["label"], settings["guidance"], settings["steps"]) == (7, 3, 2.0, 3)
     small = tmp_path / "again"
     latticode(
-        "sample", prior, "--count", 5, "--label", 3, "--guidance", 2, "--steps", 3, "--seed", 7, "--batch-size", 2, "-o", small
+        "sample",
+        prior,
+        "--count",
+        5,
+        "--label",
+        3,
+        "--guidance",
+        2,
+        "--steps",
+        3,
+        "--seed",
+        7,
+        "--batch-size",
+        2,
+        "-o",
+        small,
     )
     for index in range(5):
         pair = [read(f / f"sample-{index:05d}.png")[0] for f in (prior / "samples", small)]
@@ -79,7 +94,7 @@ def test_the_whole_road(latticode, tokenizer, tmp_path) -> None:
     assert code == 0, err
     result = json.loads((prior / "evaluation.json").read_text())
     assert result["protocol"]["feature_network"] == "classifier"
-    assert 0 < result["bits_per_token"]
+    assert result["bits_per_token"] > 0
     assert "fid_classifier" in out
     for folder in (tokenizer, classifier):
         code, _, err = latticode("evaluate", folder, "--limit", 30)
@@ -117,7 +132,9 @@ def test_recipes_are_listed(latticode) -> None:
         assert re.search(rf"^{name}\s+\S", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["encode"], ["decode"], ["sample"], ["evaluate"], ["levels"], ["demo"]])
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["encode"], ["decode"], ["sample"], ["evaluate"], ["levels"], ["demo"]]
+)
 def test_help_reads(latticode, words) -> None:
     code, out, _ = latticode(*words, "--help")
     assert code == 0

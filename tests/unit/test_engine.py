@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FSQ_SPEC, QUIET, TINY, VQ_SPEC, tiny_config, tiny_tokenizer, tokenizer_spec
 from safetensors.torch import load_file
 
+from helpers import FSQ_SPEC, QUIET, TINY, VQ_SPEC, tiny_config, tiny_tokenizer, tokenizer_spec
 from latticode import load
 from latticode.engine import ConfigError, TrainingError, load_config, train
 from latticode.engine.checkpoint import STATE
@@ -71,7 +71,9 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tmp_path, monkeypatc
 def test_killed_at_any_moment_and_resumed(tmp_path) -> None:
     more = ("steps=30", "save_every=3", "picture_every=30", "log_every=10")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command(tmp_path / "whole", *more)], check=True, capture_output=True, env=environment)
+    subprocess.run(
+        [sys.executable, *command(tmp_path / "whole", *more)], check=True, capture_output=True, env=environment
+    )
     process = subprocess.Popen(
         [sys.executable, *command(tmp_path / "cut", *more)],
         env=environment,
@@ -91,7 +93,10 @@ def test_killed_at_any_moment_and_resumed(tmp_path) -> None:
     assert process.wait() == -signal.SIGKILL
     load(tmp_path / "cut")
     subprocess.run(
-        [sys.executable, *command(tmp_path / "cut", *more), "--resume"], check=True, capture_output=True, env=environment
+        [sys.executable, *command(tmp_path / "cut", *more), "--resume"],
+        check=True,
+        capture_output=True,
+        env=environment,
     )
     assert same(tmp_path / "cut", tmp_path / "whole")
 

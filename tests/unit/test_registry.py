@@ -21,7 +21,10 @@ def test_every_entry_resolves_to_a_module(name: str) -> None:
     [
         ({"levels": [8]}, "spec needs a 'type'"),
         ({"type": "fsqq", "levels": [8]}, "unknown type 'fsqq'; nearest: fsq"),
-        ({"type": "fsq", "level": [8]}, "unknown key 'level' for type 'fsq'; nearest: levels; valid: bound, levels, slope"),
+        (
+            {"type": "fsq", "level": [8]},
+            "unknown key 'level' for type 'fsq'; nearest: levels; valid: bound, levels, slope",
+        ),
         ({"type": "fsq"}, "type 'fsq' lacks levels"),
         ({"type": "os:system"}, "unknown type 'os:system'"),
         ({"type": "tokenizer", "encoder": {"type": "x"}, "decoder": {}, "quantizer": {}}, "encoder: unknown type 'x'"),

@@ -41,7 +41,9 @@ class DataConfig(_Section):
 
     source: str
     split: Literal["train", "test", "all"] = "train"
-    holdout: float = Field(0.1, ge=0, lt=1, description="share kept for testing where the source has no test split")
+    holdout: float = Field(
+        default=0.1, gt=0, lt=1, description="share kept for testing where the source has no test split"
+    )
     size: PositiveInt | None = None
     channels: Literal[1, 3] = 3
     resize: str = "bicubic"
@@ -61,12 +63,12 @@ class DataConfig(_Section):
 class OptimizerConfig(_Section):
     """AdamW with linear warm-up, then a cosine to `final` times the rate (or constant)."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.0
     warmup: NonNegativeInt = 100
     schedule: Literal["cosine", "constant"] = "cosine"
-    final: float = Field(0.0, ge=0, le=1)
+    final: float = Field(default=0.0, ge=0, le=1)
     clip: NonNegativeFloat = 1.0
 
 
@@ -80,11 +82,11 @@ class RunConfig(_Section):
     classifier: dict[str, Any] | None = None
     objective: dict[str, Any]
     weights: dict[str, float]
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 64
     accumulate: PositiveInt = 1
-    ema: float = Field(0.999, ge=0, lt=1)
+    ema: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: NonNegativeInt = 0
     log_every: PositiveInt = 50
@@ -122,7 +124,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
     try:
-        content = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -145,7 +147,7 @@ def override(content: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, 
                 raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is {inner!r}, which has no keys")
             target = inner
         try:
-            target[last] = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
+            target[last] = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: {value!r} is not valid YAML: {error}") from None
     return result
@@ -225,11 +227,15 @@ FREE_ON_RESUME = {"about", "steps", "log_every", "picture_every", "save_every"}
 def check_resumed(config: RunConfig, folder: Path) -> None:
     """Raise ConfigError if the run in `folder` was begun under another configuration, naming the keys that differ."""
     old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (read_run(folder), config))
-    differ = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k.split(".")[0] not in FREE_ON_RESUME]
+    differ = [
+        k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k.split(".")[0] not in FREE_ON_RESUME
+    ]
     differ = [k for k in differ if k != "data.workers"]
     if differ:
         changes = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ[:5])
-        raise ConfigError(f"{folder} was begun with another configuration, so it cannot be resumed with this one: {changes}")
+        raise ConfigError(
+            f"{folder} was begun with another configuration, so it cannot be resumed with this one: {changes}"
+        )
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

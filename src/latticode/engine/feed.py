@@ -31,7 +31,7 @@ class Feed:
 
 
 def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Console) -> Feed:
-    """The data of a run. For a prior the images are encoded once, to `folder`/tokens, unless augmentation varies them."""
+    """The data of a run. A prior's images are encoded once, to `folder`/tokens, unless augmentation varies them."""
     data = config.data
     loader = open_loader(config, data.split, batch_size=config.batch_size, shard=True)
     held_out = open_loader(config, "all" if data.split == "all" else "test", batch_size=config.batch_size)

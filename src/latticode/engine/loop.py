@@ -1,8 +1,8 @@
 """The one training loop: turns of players, one step counter, everything random a pure function of (seed, step).
 
-Accelerate gives devices, process groups and mixed precision. Gradients are averaged over ranks by one packed all-reduce
-per turn instead of wrapping modules in DistributedDataParallel: a turn may call any method of any module, and every rank
-takes the same turns, so nothing can hang on an unused parameter.
+Accelerate gives devices, process groups and mixed precision. Gradients are averaged over ranks by one packed
+all-reduce per turn instead of wrapping modules in DistributedDataParallel: a turn may call any method of any module, and
+every rank takes the same turns, so nothing can hang on an unused parameter.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from latticode import distributed, registry
-from latticode.engine.checkpoint import STATE, append_line, cut_lines, load_state, save_state
+from latticode.engine.checkpoint import STATE, cut_lines, load_state, save_state
 from latticode.engine.config import ConfigError, OptimizerConfig, RunConfig, check_resumed, complete, to_yaml
 from latticode.engine.feed import open_feed
 from latticode.engine.monitor import Monitor
@@ -67,7 +67,8 @@ class Average:
     def update(self, step: int) -> None:
         if self.decay:
             decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.tensors.values()), list(self.model.parameters()), 1 - decay)
+            for ours, theirs in zip(self.tensors.values(), self.model.parameters(), strict=True):
+                ours.lerp_(theirs, 1 - decay)
 
     def weights(self) -> dict[str, Tensor]:
         return self.model.state_dict() | self.tensors
@@ -164,9 +165,12 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     batches = feed.batches(start * config.accumulate)
     images = config.batch_size * config.accumulate * distributed.world_size()
     tally = Tally()
-    with Interrupt() as interrupt, progress(
-        console if main else Console(quiet=True), f"train {config.kind}", config.steps, scale=images, start=start
-    ) as advance:
+    with (
+        Interrupt() as interrupt,
+        progress(
+            console if main else Console(quiet=True), f"train {config.kind}", config.steps, scale=images, start=start
+        ) as advance,
+    ):
         if start == 0:
             save(0)
         for step in range(start, config.steps):
@@ -186,7 +190,9 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                         seen |= terms.keys()
                         tally.add(terms, done, 1 / config.accumulate)
                 if unused := sorted(config.weights.keys() - seen):
-                    raise ConfigError(f"weights {', '.join(unused)} name no loss term; terms: {', '.join(sorted(seen))}")
+                    raise ConfigError(
+                        f"weights {', '.join(unused)} name no loss term; terms: {', '.join(sorted(seen))}"
+                    )
             average.update(step)
             tally.steps += 1
             final = done == config.steps or interrupt.raised
@@ -216,7 +222,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     return folder
 
 
-def _step(accelerator: Accelerator, optimizer: Any, parameters: list[Tensor], rate: float, clip: float) -> None:
+def _step(accelerator: Accelerator, optimizer: Any, parameters: Sequence[Tensor], rate: float, clip: float) -> None:
     """Average the gradients over ranks, clip, set the rate, step, forget the gradients."""
     if distributed.is_distributed():
         # A parameter without a gradient on one rank may have one on another: every rank sends all of them.

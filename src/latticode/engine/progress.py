@@ -27,15 +27,15 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         elapsed, unit = task.elapsed or 0, task.fields["unit"]
-        done = (task.completed - task.fields["start"]) * task.fields["scale"]
-        return Text(f"{done / elapsed:,.0f} {unit}/s" if elapsed and done else f"- {unit}/s", style="cyan")
+        done = (task.completed - task.fields["first"]) * task.fields["scale"]
+        return Text(f"{done / elapsed:,.0f} {unit}/s" if elapsed > 0.5 and done else f"- {unit}/s", style="cyan")
 
 
 @contextmanager
 def progress(
     console: Console, title: str, total: int, *, unit: str = "images", scale: float = 1, start: int = 0
 ) -> Iterator[Advance]:
-    """Yield `advance(done, **shown)` for `total` pieces of work, `scale` units each, of which `start` are done already."""
+    """Yield `advance(done, **shown)` for `total` pieces of work, `scale` units each, of which `start` are done."""
     if not console.is_terminal:
         with _lines(console, title, total, unit, scale, start) as advance:
             yield advance
@@ -44,11 +44,12 @@ def progress(
     columns += [TextColumn("{task.percentage:>3.0f}%"), _Rate(), TimeElapsedColumn()]
     columns += [TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[shown]}", style="dim")]
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=total, completed=start, unit=unit, scale=scale, start=start, shown="")
+        task = bar.add_task(title, total=total, completed=start, unit=unit, scale=scale, first=start, shown="")
 
         def advance(done: int, **shown: float) -> None:
-            text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-            bar.update(task, completed=done, **({"shown": text} if shown else {}))
+            bar.update(task, completed=done)
+            if shown:
+                bar.update(task, shown="  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
 
         yield advance
 

@@ -1,7 +1,8 @@
 """A pre-norm transformer. B batch, L sequence, D width, H heads, E = D / H width of a head.
 
-Norms come before attention and MLP, so the residual stream is an identity path from embedding to output and a deep or
-fast run needs no long warm-up (2002.04745), which the post-norm layout of BERT and MaskGIT does.
+Norms come before attention and MLP, so the residual stream is an identity path from embedding to output and a fast run
+needs no long warm-up (2002.04745). BERT and MaskGIT put them after: as good at a learning rate of 1e-3 in our toy runs,
+but at 3e-3, where this layout gained, that one did not train.
 """
 
 from __future__ import annotations
@@ -85,7 +86,11 @@ class Transformer(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal 0.02 weights and zero biases of a linear layer; for `nn.Module.apply`."""
+    """Weights N(0, 1 / inputs) and zero biases of a linear layer; for `nn.Module.apply`.
+
+    BERT's fixed 0.02 is made for its width of 768 and starves narrow networks: at width 64, depth 6 and 200 steps it
+    cost 0.17 bits per token on a toy prior.
+    """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
         nn.init.zeros_(module.bias)

@@ -79,7 +79,7 @@ class MaskGIT(Prior):
         self.bias = nn.Parameter(torch.zeros(self.code_count))
         self.head.apply(initialise)
         for weight in (self.embedding.weight, self.position):
-            nn.init.trunc_normal_(weight, std=0.02)
+            nn.init.normal_(weight, std=width**-0.5)  # logits of unit variance at first, at any width
 
     def logits(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor) -> Tensor:
         """Logits (M, C) at the positions `at_BN` (bool), row-major, given codes with MASK where unknown.

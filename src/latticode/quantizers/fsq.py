@@ -21,8 +21,8 @@ class FSQ(Quantizer):
     With a = 2 sigmoid(slope z) - 1 (slope 2 is tanh z, slope 1.6 is iFSQ's activation, arXiv 2601.17124), channel by
     channel, for L levels:
 
-    - `paper` (App. A.1): position (L-1)(1-eps)/2 a(z + shift) - offset, rounded; offset is 1/2 for even L and shift puts
-      bound(0) = 0. Latents are position / floor(L/2): [-1, 1] for odd L, [-1, 1 - 2/L] for even L. The published shift
+    - `paper` (App. A.1): position (L-1)(1-eps)/2 a(z + shift) - offset, rounded; offset is 1/2 for even L and shift
+      puts bound(0) = 0. Latents are position / floor(L/2): [-1, 1] for odd L, [-1, 1 - 2/L] for even L. The published shift
       tan(offset/half) is the authors' slip for atanh, which is used here; it has no solution for L = 2.
     - `symmetric` (arXiv 2411.19842): round((L-1)(a+1)/2) on the grid -1 .. 1 for every L >= 2; the end bins are half as
       wide in a.
@@ -122,5 +122,3 @@ class FSQ(Quantizer):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, bound={self.bound!r}, slope={self.slope}"
-
-
