@@ -74,8 +74,8 @@ def run_demo(folder: Path, console: Console) -> Path:
         ),
         Section(
             "Digits sampled from the prior",
-            f"One column per class, 12 steps, guidance {SAMPLING.guidance:g}. A separate classifier reads {accuracy} of 500 "
-            f"such samples as the digit asked for, and {score['label_accuracy_real']:.1%} of real test digits.",
+            f"One column per class, 12 steps, guidance {SAMPLING.guidance:g}. A classifier reads {accuracy} of "
+            f"500 such samples as the digit asked for, and {score['label_accuracy_real']:.1%} of real test digits.",
             (Picture(grid),),
         ),
     ]

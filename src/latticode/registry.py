@@ -1,8 +1,8 @@
 """One explicit table of everything a configuration can name, and `build`, which turns a spec into a module.
 
 A spec is data: `{"type": "fsq", "levels": [8, 5, 5, 5]}`. Only names of this table are understood, so a configuration
-or an untrusted checkpoint can name no code. The table holds addresses, not classes: it imports nothing until something is
-built, which is why it can sit below every layer and be used by all of them (a model saves itself without reaching up).
+or an untrusted checkpoint can name no code. The table holds addresses, not classes: it imports nothing until something
+is built, so it can sit below every layer and serve all of them (a model saves itself without reaching up).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one training loop: turns of players, one step counter, everything random a pure function of (seed, step).
 
 Accelerate gives devices, process groups and mixed precision. Gradients are averaged over ranks by one packed
-all-reduce per turn instead of wrapping modules in DistributedDataParallel: a turn may call any method of any module, and
-every rank takes the same turns, so nothing can hang on an unused parameter.
+all-reduce per turn instead of wrapping modules in DistributedDataParallel: a turn may call any method of any module,
+and every rank takes the same turns, so nothing can hang on an unused parameter.
 """
 
 from __future__ import annotations

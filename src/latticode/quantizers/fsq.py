@@ -22,8 +22,8 @@ class FSQ(Quantizer):
     channel, for L levels:
 
     - `paper` (App. A.1): position (L-1)(1-eps)/2 a(z + shift) - offset, rounded; offset is 1/2 for even L and shift
-      puts bound(0) = 0. Latents are position / floor(L/2): [-1, 1] for odd L, [-1, 1 - 2/L] for even L. The published shift
-      tan(offset/half) is the authors' slip for atanh, which is used here; it has no solution for L = 2.
+      puts bound(0) = 0. Latents are position / floor(L/2): [-1, 1] for odd L, [-1, 1 - 2/L] for even L. The published
+      shift tan(offset/half) is the authors' slip for atanh, which is used here; it has no solution for L = 2.
     - `symmetric` (arXiv 2411.19842): round((L-1)(a+1)/2) on the grid -1 .. 1 for every L >= 2; the end bins are half as
       wide in a.
     - `equal-bins`: floor(L (a+1)/2) on the same grid; all bins are equally wide in a.
