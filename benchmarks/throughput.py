@@ -3,8 +3,8 @@
     python benchmarks/throughput.py data/fashion-mnist > docs/results/throughput.json
 
 Everything is measured in one process, in alternating rounds; compare ratios, since absolute times drift with the
-machine. The engine is compared with a bare PyTorch loop that does the same mathematics (clipping, fused AdamW, average of
-weights) on the same images.
+machine. The engine is compared with a bare PyTorch loop that does the same mathematics (clipping, fused AdamW,
+average of weights) on the same images.
 """
 
 from __future__ import annotations

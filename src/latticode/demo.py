@@ -19,23 +19,27 @@ from latticode.types import Sampling
 
 DIGITS = ("data.source=embedded:digits", "data.size=32", "data.channels=1", "data.crop=center", "data.flip=false")
 SMALL = ("picture_every=100000", "save_every=100000", "ema=0.99")
+PARTS = ("encoder", "decoder")
 EIGHTH = ("width=16", "groups=4", "multipliers=[1,2,4,4]")  # f=8: 16 tokens a digit
 STAGES = {
-    "photos": ("fsq-tokenizer", [*SMALL, "steps=900", "batch_size=16"]),
+    "photos": (
+        "fsq-tokenizer",
+        [*SMALL, "steps=600", "batch_size=8", *(f"tokenizer.{p}.{v}" for p in PARTS for v in ("width=16", "groups=4"))],
+    ),
     "classifier": ("classifier", ["steps=400", "batch_size=64"]),
     "digits": (
         "fsq-tokenizer",
         [
             *DIGITS,
             *SMALL,
-            "steps=500",
+            "steps=300",
             "batch_size=32",
             "tokenizer.quantizer.levels=[8,5,5,5]",
-            *(f"tokenizer.{part}.{value}" for part in ("encoder", "decoder") for value in EIGHTH),
+            *(f"tokenizer.{part}.{value}" for part in PARTS for value in EIGHTH),
             "tokenizer.encoder.blocks=[0,1,1,1]",
         ],
     ),
-    "prior": ("maskgit", [*SMALL, "steps=1200", "batch_size=64", "prior.width=128", "prior.depth=4", "prior.heads=4"]),
+    "prior": ("maskgit", [*SMALL, "steps=700", "batch_size=64", "prior.width=128", "prior.depth=4", "prior.heads=4"]),
 }
 SAMPLING = Sampling(steps=12, guidance=1.0)
 

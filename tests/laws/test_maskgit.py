@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latticode.priors import maskgit
 from latticode.priors.maskgit import MaskGIT
 from latticode.priors.schedules import (
     SCHEDULES,
@@ -226,6 +227,17 @@ def test_noise_reorders_but_does_not_change_the_draws():
     for steps, equal in ((1, True), (4, False)):
         quiet, loud = (prior.sample(4, sampling=Sampling(steps=steps, noise=noise)) for noise in (0.0, 20.0))
         assert torch.equal(quiet, loud) is equal
+
+
+def test_noise_is_annealed_to_zero(monkeypatch: pytest.MonkeyPatch):
+    prior, seen = small(classes=0), []
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.zero_()  # every draw has log p = -log 11
+    monkeypatch.setattr(maskgit, "gumbel", torch.ones_like)
+    monkeypatch.setattr(maskgit, "ranks", lambda c: seen.append(c[c.isfinite()].unique().item()) or ranks(c))
+    prior.sample(2, sampling=Sampling(steps=12, noise=4.5))
+    assert [round(value + math.log(11), 4) for value in seen] == [4.125 - 0.375 * step for step in range(12)]
 
 
 def test_guidance_runs_the_second_branch_only_when_asked():

@@ -232,7 +232,8 @@ def test_draws_follow_the_distribution():
     drawn = draw(p.log().expand(10_000, 5), u)
     torch.testing.assert_close(drawn.bincount(minlength=5) / 10_000, p, atol=2e-4, rtol=0)
     edges = draw(p.log().expand(2, 5), torch.tensor([0.0, 1 - 2**-24]))
-    assert edges.tolist() == [0, 3], "a token of probability 0 is never drawn, at either end"
+    assert edges.tolist() == [0, 3], "a token of probability 0 is never drawn at the upper end"
+    assert draw(p.flip(0).log()[None], torch.zeros(1)).tolist() == [1], "nor at the lower one"
 
 
 def test_filters_keep_what_they_say():

@@ -84,7 +84,8 @@ class MaskGIT(Prior):
     def logits(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor) -> Tensor:
         """Logits (M, C) at the positions `at_BN` (bool), row-major, given codes with MASK where unknown.
 
-        The head works on those positions alone: with tens of thousands of codes it costs more than the blocks.
+        The head works on those alone: with tens of thousands of codes it costs more than the blocks, and `bits` and the
+        later passes of `sample` ask for few.
         """
         classes_B = torch.where(labels_B < 0, self.mask_token, labels_B + self.code_count)
         x_BLD = self.embedding(torch.cat([classes_B[:, None], tokens_BN], dim=1)) + self.position
