@@ -1,8 +1,8 @@
 """A pre-norm transformer. B batch, L sequence, D width, H heads, E = D / H width of a head.
 
 Norms come before attention and MLP, so the residual stream is an identity path from embedding to output and a fast run
-needs no long warm-up (2002.04745). BERT and MaskGIT put them after: as good at a learning rate of 1e-3 in our toy runs,
-but at 3e-3, where this layout gained, that one did not train.
+needs no long warm-up (2002.04745). BERT and MaskGIT put them after: about as good at a learning rate of 1e-3 in our toy
+runs, but with this initialisation it did not train at 3e-3, where this layout gained (docs/log.md).
 """
 
 from __future__ import annotations
