@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class Feed:
 
     batches: Callable[[int], Iterator[Any]]
     held_out: Callable[[], Iterator[Batch]]
+    skipped: Mapping[str, str]  # records that could not be read, name -> reason; grows while batches are read
     classes: tuple[str, ...] = ()
     vocab: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
@@ -39,7 +40,7 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
     if config.kind == "classifier" and not classes:
         raise ConfigError(f"a classifier needs labels, and {data.source} has none")
     if config.kind != "prior":
-        return Feed(loader.batches, held_out.epoch, classes)
+        return Feed(loader.batches, held_out.epoch, loader.skipped, classes)
 
     tokenizer = load_model(Path(str(config.tokenizer))).to(device)
     if tokenizer.channels != data.channels:
@@ -50,18 +51,17 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
     if distributed.rank() == 0:
         tokenizer.save_pretrained(folder / "tokenizer")  # a run stands on its own
     if data.flip or data.crop == "random":
-        batches = _encoding(loader, tokenizer, device)
+        batches, skipped = _encoding(loader, tokenizer, device), loader.skipped
     else:
         if distributed.rank() == 0:
             plain = open_loader(config, data.split, batch_size=config.batch_size)
             encode(tokenizer, plain, folder / "tokens", console=console, resume=True)
+        stream = {"seed": config.seed, "rank": distributed.rank(), "world": distributed.world_size()}
         if distributed.is_distributed():
             torch.distributed.barrier()
         tokens = TokenDataset(folder / "tokens", expect_hash=tokenizer.fingerprint())
-        batches = TokenLoader(
-            tokens, config.batch_size, seed=config.seed, rank=distributed.rank(), world=distributed.world_size()
-        ).batches
-    return Feed(batches, held_out.epoch, classes, tokenizer.vocab, grid, tokenizer)
+        batches, skipped = TokenLoader(tokens, config.batch_size, **stream).batches, tokens.manifest["skipped"]
+    return Feed(batches, held_out.epoch, skipped, classes, tokenizer.vocab, grid, tokenizer)
 
 
 def open_loader(config: RunConfig, split: str, *, batch_size: int, shard: bool = False) -> Loader:

@@ -216,7 +216,14 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
             if interrupt.raised and done < config.steps:
                 raise TrainingError(f"interrupted at step {done} of {config.steps}, saved; go on with --resume")
     if monitor:
-        facts = {"device": str(accelerator.device), "processes": distributed.world_size(), "torch": torch.__version__}
+        for name, reason in feed.skipped.items():
+            console.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+        facts: dict[str, Any] = {
+            "skipped": len(feed.skipped),
+            "device": str(accelerator.device),
+            "processes": distributed.world_size(),
+            "torch": torch.__version__,
+        }
         monitor.close(model, seconds + time.monotonic() - began, facts)
     accelerator.wait_for_everyone()
     return folder
