@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from latticode.pretrained import write_atomically
+from latticode.files import replacing
 
 BACKGROUND = 255
 SETTINGS_KEY = "latticode"  # of the PNG text chunk
@@ -51,7 +51,8 @@ def save_png(path: Path, image: Image.Image, metadata: Mapping[str, Any] | None 
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_text(SETTINGS_KEY, json.dumps(metadata, sort_keys=True))
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def _channel_last(images: np.ndarray | Tensor) -> np.ndarray:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,35 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from latticode import registry
+from latticode.files import replacing, write_text
 
 WEIGHTS, SCHEMA = "model.safetensors", 1
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary name beside `path`, flush, then rename: a reader sees old or new, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Tensors and JSON-ready metadata into a safetensors file, atomically."""
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     text = {k: json.dumps(v) for k, v in metadata.items()}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, text))
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(plain, temporary, text)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

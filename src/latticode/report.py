@@ -20,7 +20,7 @@ import jinja2
 
 from latticode import figures
 from latticode.figures import Picture, embed, readable, thumbnail
-from latticode.pretrained import write_atomically
+from latticode.files import write_text
 
 EARLIER = 5  # pictures in the strip of earlier ones
 MOST_CHANNELS = 32  # level histograms drawn
@@ -110,7 +110,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], facts: Mappi
         facts={_label(key): _fact(key, value) for key, value in (facts or {}).items() if value not in (None, "")},
         sections=list(zip(_ids(sections), sections, strict=True)),
     )
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, page)
 
 
 # --- sections of a run ---------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from latticode.engine.config import RunConfig, read_run
 from latticode.engine.feed import open_loader
 from latticode.engine.progress import progress
 from latticode.evaluate import evaluate_classifier, evaluate_prior, evaluate_tokenizer
+from latticode.files import write_text
 from latticode.metrics.features import feature_network
 from latticode.pictures import grid_image, save_png
-from latticode.pretrained import load_model, write_text
+from latticode.pretrained import load_model
 from latticode.types import Conditioning, Sampling
 
 GRID = 256  # samples shown in the grid at the most

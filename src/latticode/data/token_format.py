@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -56,15 +55,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if missing := needed - set(manifest):
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
     return manifest
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def sha256(path: Path) -> str:

@@ -22,8 +22,8 @@ from latticode.data.token_format import (
     read_manifest,
     sha256,
     smallest_dtype,
-    write_atomically,
 )
+from latticode.files import replacing, write_text
 
 
 class UnfinishedError(ValueError):
@@ -150,7 +150,8 @@ class TokenWriter:
         files = {}
         for kind, write in writers.items():
             path = self.folder / FILES[kind].format(number)
-            write_atomically(path, write)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                write(file)
             files[kind] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         grid = list(codes.shape[1:-1])
         self.manifest["shards"].append({"count": len(codes), "grid": grid, "dtype": codes.dtype.name, "files": files})
@@ -159,8 +160,7 @@ class TokenWriter:
         self._codes, self._labels, self._lines = [], [], []
 
     def _save_manifest(self) -> None:
-        text = json.dumps(self.manifest, indent=1) + "\n"
-        write_atomically(self.folder / MANIFEST, lambda file: file.write(text.encode()))
+        write_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
 
 
 class TokenDataset:

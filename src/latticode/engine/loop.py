@@ -27,8 +27,9 @@ from latticode.engine.feed import open_feed
 from latticode.engine.monitor import Monitor
 from latticode.engine.progress import progress
 from latticode.engine.tally import Tally, TrainingError
+from latticode.files import write_text
 from latticode.objectives import Objective
-from latticode.pretrained import save_model, write_text
+from latticode.pretrained import save_model
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -16,10 +16,10 @@ from latticode.data.transforms import to_uint8
 from latticode.engine.checkpoint import append_line
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import Feed
+from latticode.files import write_text
 from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.pixels import PixelMetrics
 from latticode.pictures import grid_image, save_png, side_by_side
-from latticode.pretrained import write_text
 from latticode.types import Conditioning
 
 PICTURED, SAMPLED = 16, 32

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from latticode.kernels import nearest, reference
 
@@ -46,12 +46,12 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     return _nearest_code(x.detach(), codebook.detach())
 
 
-@torch.library.custom_op("latticode::nearest_code", mutates_args=(), schema="(Tensor x, Tensor codebook) -> Tensor")
+@library.custom_op("latticode::nearest_code", mutates_args=(), schema="(Tensor x, Tensor codebook) -> Tensor")
 def _nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return _NEAREST[_active](x, codebook)
 
 
-@torch.library.register_fake("latticode::nearest_code")
+@library.register_fake("latticode::nearest_code")
 def _(x: Tensor, codebook: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
