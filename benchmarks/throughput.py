@@ -30,7 +30,8 @@ from latticode.priors.maskgit import MaskGIT
 from latticode.registry import build
 from latticode.types import Conditioning, Sampling
 
-ROUNDS, STEPS, ENCODED = 5, 60, 4096
+ROUNDS, STEPS, IMAGES = 5, 50, 4096
+SLOW_ROUNDS = 3  # of what takes tens of seconds a round
 QUIET = Console(quiet=True)
 
 
@@ -115,7 +116,7 @@ def encoding(model: Any, config: RunConfig) -> dict[str, float]:
     model.eval()
     source = open_source(config.data.source, "test")
     rates, ratios = [], []
-    for _ in range(ROUNDS):
+    for _ in range(SLOW_ROUNDS):
         loader = Loader(source, config.data.preprocess(), 64, workers=config.data.workers)
         with tempfile.TemporaryDirectory() as folder:
             road = seconds(lambda at=folder, take=loader: encode(model, take, Path(at) / "tokens", console=QUIET))
@@ -131,7 +132,7 @@ def sampling(model: Any) -> dict[str, float]:
     prior = MaskGIT(vocab=model.vocab, grid=[8, 8], classes=10, width=192, depth=6, heads=6).eval()
     cond = Conditioning(torch.arange(64) % 10)
     rates: dict[str, list[float]] = {"sample": [], "sample_guided": []}
-    for round_ in range(ROUNDS):
+    for round_ in range(SLOW_ROUNDS):
         for name, guidance in (("sample", 0.0), ("sample_guided", 2.0)):
             settings = Sampling(guidance=guidance)
             took = seconds(lambda s=settings, i=round_: model.decode(prior.sample(64, cond, sampling=s, seed=i)))
@@ -150,7 +151,7 @@ def main(source: str) -> None:
     for recipe in ("fsq-fashion-mnist", "vq-fashion-mnist"):
         config = configuration(recipe, source, "log_every=10")
         config = complete(config, classes=10)
-        loader = Loader(open_source(source, "test"), config.data.preprocess(), ENCODED)
+        loader = Loader(open_source(source, "test"), config.data.preprocess(), IMAGES)
         images = next(iter(loader.epoch())).images
         model = build(config.model)
         with torch.no_grad():
