@@ -129,7 +129,7 @@ def encoding(model: Any, config: RunConfig) -> dict[str, float]:
 
 
 def sampling(model: Any) -> dict[str, float]:
-    prior = MaskGIT(vocab=model.vocab, grid=[8, 8], classes=10, width=192, depth=6, heads=6).eval()
+    prior = MaskGIT(vocab=model.vocab, grid=[8, 8], classes=10, width=128, depth=6, heads=4).eval()
     cond = Conditioning(torch.arange(64) % 10)
     rates: dict[str, list[float]] = {"sample": [], "sample_guided": []}
     for round_ in range(SLOW_ROUNDS):
