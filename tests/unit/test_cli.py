@@ -156,6 +156,7 @@ def test_help_reads(latticode, words) -> None:
         (["decode", "RUN", "nowhere", "out"], "nowhere is no token dataset"),
         (["sample", "RUN"], "is the run of a tokenizer; a prior's is needed"),
         (["evaluate", "RUN", "--features", "nowhere"], "nowhere holds no model.safetensors"),
+        (["evaluate", "RUN", "--features", "inception"], "feature network 'inception' cannot be had"),
         (["sample", "RUN", "--count", "0"], "greater than or equal to 1"),
     ],
 )

@@ -33,7 +33,7 @@ class FeatureNetwork(nn.Module):
         return self.network.features(rounded(images))  # type: ignore[operator]
 
 
-class FeatureNetworkError(RuntimeError):
+class FeatureNetworkError(ValueError):
     """A feature network that cannot be had here; the message says what to install and where to put the weights."""
 
 
