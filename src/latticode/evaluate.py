@@ -135,7 +135,7 @@ def evaluate_prior(
         classifier: judges whether a sample shows the label asked for. Better not the network behind `features`.
         limit: stop after this many held-out images.
 
-    Returns bits_per_token (the compression cost: mean over tokens of -log2 p), bits_per_token_uniform (log2 of the
+    Returns compression_cost (bits per token: mean over tokens of -log2 p), compression_cost_uniform (log2 of the
     vocabulary), bits_per_pixel; fid_, precision_, recall_<name> and the same with `_real`; label_accuracy and
     label_accuracy_real; samples, samples_per_second; count, skipped, protocol. Raises ValueError for options that do
     not fit each other and for a loader without images.
@@ -177,8 +177,8 @@ def evaluate_prior(
             drawn.update(images, labels)
             report(len(labels))
     result: dict[str, Any] = {
-        "bits_per_token": bits / tokens,
-        "bits_per_token_uniform": uniform,
+        "compression_cost": bits / tokens,
+        "compression_cost_uniform": uniform,
         "bits_per_pixel": bits / area,
     }
     facts: dict[str, Any] = {}
@@ -202,7 +202,7 @@ def evaluate_prior(
         "count": count,
         "skipped": len(loader.skipped),
         "protocol": {
-            "bits_per_token": "mean over grid positions of -log2 p in the prior's own decoding order, given the label",
+            "compression_cost": "mean over grid positions of -log2 p in the prior's own decoding order, given the label",
             "samples": samples,
             "labels": f"balanced over {classes} classes" if classes else "none",
             "sampling": vars(sampling),

@@ -94,7 +94,7 @@ def test_the_whole_road(latticode, tokenizer, tmp_path) -> None:
     assert code == 0, err
     result = json.loads((prior / "evaluation.json").read_text())
     assert result["protocol"]["feature_network"] == "classifier"
-    assert result["bits_per_token"] > 0
+    assert result["compression_cost"] > 0
     assert "fid_classifier" in out
     for folder in (tokenizer, classifier):
         code, _, err = latticode("evaluate", folder, "--limit", 30)

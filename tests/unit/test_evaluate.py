@@ -212,7 +212,7 @@ def test_prior_numbers(network: FeatureNetwork) -> None:
             progress=lambda *x: seen.append(x),
         )
     )
-    assert (result["bits_per_token"], result["bits_per_token_uniform"]) == (2, 8)
+    assert (result["compression_cost"], result["compression_cost_uniform"]) == (2, 8)
     assert result["bits_per_pixel"] == 2 * 4 / SIZE**2
     assert result["label_accuracy"] == 0.75  # the last of the four classes comes out as the first
     assert result["label_accuracy_real"] == 1
@@ -271,7 +271,7 @@ def test_unconditional_prior_gets_no_labels() -> None:
             classifier=FakeClassifier(),
         )
     )
-    assert result["bits_per_token"] == 3
+    assert result["compression_cost"] == 3
     assert result["label_accuracy"] is None  # nothing was asked
     assert result["protocol"]["labels"] == "none"
 
@@ -337,4 +337,4 @@ def test_real_images_without_labels_are_not_judged() -> None:
         )
     )
     assert (result["label_accuracy"], result["label_accuracy_real"]) == (0.75, None)
-    assert (result["bits_per_token"], result["count"]) == (3, 6)
+    assert (result["compression_cost"], result["count"]) == (3, 6)

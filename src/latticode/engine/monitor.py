@@ -56,7 +56,7 @@ class Monitor:
         elif self.config.kind == "prior":
             cond = Conditioning(batch.labels) if model.classes else None
             codes = self.feed.tokenizer.encode(batch.images)
-            values = {"bits_per_token": float(model.bits(codes, cond).mean()) / codes[0].numel()}
+            values = {"compression_cost": float(model.bits(codes, cond).mean()) / codes[0].numel()}
             labels = torch.arange(SAMPLED, device=batch.labels.device) % max(model.classes, 1)
             sampled = model.sample(SAMPLED, Conditioning(labels) if model.classes else None, seed=self.config.seed)
             size = (self.config.data.size,) * 2
