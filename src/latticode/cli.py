@@ -100,7 +100,7 @@ def encode(
     config, tokenizer = runs.open_tokenizer(run, device)
     preprocess = replace(config.data.preprocess(), flip=False)
     if own_size:
-        preprocess, batch_size = replace(preprocess, size=None), 1
+        preprocess, batch_size = replace(preprocess, size=None, crop="center"), 1
     loader = Loader(
         open_source(source, split.value, holdout=config.data.holdout),
         preprocess,

@@ -24,7 +24,7 @@ EIGHTH = ("width=16", "groups=4", "multipliers=[1,2,4,4]")  # f=8: 16 tokens a d
 STAGES = {
     "photos": (
         "fsq-tokenizer",
-        [*SMALL, "steps=600", "batch_size=8", *(f"tokenizer.{p}.{v}" for p in PARTS for v in ("width=16", "groups=4"))],
+        [*SMALL, "steps=550", "batch_size=8", *(f"tokenizer.{p}.{v}" for p in PARTS for v in ("width=16", "groups=4"))],
     ),
     "classifier": ("classifier", ["steps=400", "batch_size=64"]),
     "digits": (
@@ -39,7 +39,7 @@ STAGES = {
             "tokenizer.encoder.blocks=[0,1,1,1]",
         ],
     ),
-    "prior": ("maskgit", [*SMALL, "steps=700", "batch_size=64", "prior.width=128", "prior.depth=4", "prior.heads=4"]),
+    "prior": ("maskgit", [*SMALL, "steps=600", "batch_size=64", "prior.width=128", "prior.depth=4", "prior.heads=4"]),
 }
 SAMPLING = Sampling(steps=12, guidance=1.0)
 

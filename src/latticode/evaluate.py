@@ -202,7 +202,7 @@ def evaluate_prior(
         "count": count,
         "skipped": len(loader.skipped),
         "protocol": {
-            "compression_cost": "mean over grid positions of -log2 p in the prior's own decoding order, given the label",
+            "compression_cost": "mean over positions of -log2 p in the prior's own decoding order, given the label",
             "samples": samples,
             "labels": f"balanced over {classes} classes" if classes else "none",
             "sampling": vars(sampling),

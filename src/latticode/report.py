@@ -34,7 +34,6 @@ LABELS = {
     "perplexity": "Perplexity of the codes",
     "entropy_bits": "Entropy of the codes, bits",
     "bits_per_token": "Bits per token",
-    "compression_cost": "Compression cost (bits per token)",
     "compression_cost_uniform": "log2 of the codebook (bits per token)",
     "bits_per_pixel": "Bits per pixel",
     "compression_cost": "Compression cost, bits per token",

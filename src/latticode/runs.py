@@ -109,11 +109,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the run on `split` of `source` (default: its own data), write `evaluation.json` and return it."""
     config = read_run(run)
-    content = config.model_dump(mode="json")
-    content["data"] |= {"flip": False, "crop": "center" if config.data.crop == "random" else config.data.crop}
     if source is not None:
-        content["data"]["source"] = source
-    config = RunConfig.model_validate(content)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
     place = pick_device(device)
     loader = open_loader(config, split, batch_size=64)
     network = None
@@ -124,6 +121,7 @@ def evaluate(
         "source": config.data.source,
         "split": split,
         "preprocessing": loader.preprocess.record(),
+        "augmentation": "none: nothing is flipped, and of crop 'random' the centred window is taken",
         "ema": config.ema,
         "run": run.name,
     }

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import TINY, tiny_tokenizer
+from helpers import FSQ_SPEC, QUIET, TINY, tiny_config, tiny_tokenizer
 from latticode import cli
+from latticode.engine import train
 
 
 def run(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
@@ -102,7 +103,9 @@ def test_the_whole_road(latticode, tokenizer, tmp_path) -> None:
     assert json.loads((tokenizer / "evaluation.json").read_text())["protocol"]["split"] == "test"
 
 
-def test_photographs_keep_their_own_size(latticode, tokenizer, tmp_path) -> None:
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_photographs_keep_their_own_size(latticode, tmp_path, crop) -> None:
+    tokenizer = train(tiny_config(FSQ_SPEC, f"data.crop={crop}"), tmp_path / "tokenizer", console=QUIET)
     photos, tokens, back = tmp_path / "photos", tmp_path / "tokens", tmp_path / "back"
     photos.mkdir()
     generator = np.random.default_rng(0)
