@@ -129,6 +129,13 @@ def test_accumulation_equals_the_big_batch(tmp_path) -> None:
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("quantizer", [FSQ_SPEC, VQ_SPEC], ids=["fsq", "vq"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_its_weights_stay_float32(tmp_path, quantizer, precision) -> None:
+    run = train(tiny_config(quantizer, f"precision={precision}", "steps=2"), tmp_path, console=QUIET)
+    assert {v.dtype for v in weights(run).values() if v.is_floating_point()} == {torch.float32}
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch) -> None:
     calls = 0
     mse = PIXEL_TERMS["mse"]
@@ -229,3 +236,22 @@ def test_recipes_by_name_and_path(tmp_path) -> None:
     with pytest.raises(ConfigError, match="a prior needs a trained tokenizer"):
         load_config("maskgit")
     assert load_config("fsq-tokenizer", ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
+
+
+def test_what_a_prior_may_stand_on(tmp_path) -> None:
+    small = ["steps=1", "batch_size=2", "prior.width=8", "prior.depth=1", "prior.heads=1"]
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    prior = train(load_config("maskgit", [f"tokenizer={tokenizer}", *small]), tmp_path / "prior", console=QUIET)
+    with pytest.raises(ConfigError, match="is the run of a prior; a tokenizer's is needed"):
+        load_config("maskgit", [f"tokenizer={prior}"])
+    with pytest.raises(ConfigError, match="nowhere is not the folder of a run"):
+        load_config("maskgit", [f"tokenizer={tmp_path / 'nowhere'}"])
+    saved = load(tokenizer).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"missing key 'data\.source'"):
+        load_config("maskgit", [f"tokenizer={saved}"])
+    data = "data={source: 'embedded:digits', size: 8, channels: 1}"
+    again = train(load_config("maskgit", [f"tokenizer={saved}", data, *small]), tmp_path / "again", console=QUIET)
+    assert load(again).vocab == load(prior).vocab == [12]
+    load(prior).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds a MaskGIT, not a Tokenizer"):
+        train(load_config("maskgit", [f"tokenizer={tmp_path / 'model'}", data]), tmp_path / "no", console=QUIET)

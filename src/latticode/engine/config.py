@@ -207,9 +207,11 @@ def _fill(spec: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
 def load_config(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
     """The run of a recipe (name or path) with overrides. A prior's `data` starts from that of its tokenizer's run."""
     content = override(read_recipe(recipe), overrides)
-    if isinstance(tokenizer := content.get("tokenizer"), str):
-        data = read_run(Path(tokenizer)).data.model_dump(mode="json")
-        content["data"] = data | content.get("data", {})
+    if isinstance(tokenizer := content.get("tokenizer"), str) and not (Path(tokenizer) / "config.json").is_file():
+        run = read_run(Path(tokenizer))  # a run; a folder of save_pretrained has config.json and says nothing of data
+        if run.kind != "tokenizer":
+            raise ConfigError(f"{tokenizer} is the run of a {run.kind}; a tokenizer's is needed")
+        content["data"] = run.data.model_dump(mode="json") | content.get("data", {})
     return validate(content)
 
 

@@ -14,7 +14,7 @@ from latticode import distributed
 from latticode.data import Loader, TokenDataset, TokenLoader, open_source
 from latticode.engine.config import ConfigError, RunConfig
 from latticode.engine.tokens import encode
-from latticode.pretrained import load_model
+from latticode.tokenizer import Tokenizer
 from latticode.types import Batch, CodeBatch
 
 
@@ -42,7 +42,7 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
     if config.kind != "prior":
         return Feed(loader.batches, held_out.epoch, loader.skipped, classes)
 
-    tokenizer = load_model(Path(str(config.tokenizer))).to(device)
+    tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
     if tokenizer.channels != data.channels:
         raise ConfigError(f"the tokenizer takes {tokenizer.channels} channels, data.channels is {data.channels}")
     if data.size is None:

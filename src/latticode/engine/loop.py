@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -119,6 +120,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     console = console or Console(stderr=True)
     if (folder / STATE).exists() and not resume:
         raise ConfigError(f"{folder} already holds a run; resume it with --resume or choose another folder")
+    AcceleratorState._reset_state()  # it would hold the first run of a process to its precision for all others
     accelerator = Accelerator(mixed_precision=config.precision, gradient_accumulation_steps=1)
     main = accelerator.is_main_process
     feed = open_feed(config, folder, accelerator.device, console if main else Console(quiet=True))
