@@ -28,15 +28,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and metadata of `save_tensors`. Raises ValueError for a file that is not one, FileNotFoundError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-            return {k: file.get_tensor(k) for k in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no latticode file: {error}") from None
+    """The tensors and metadata of `save_tensors`. Raises ValueError for a file that is not one."""
+    metadata = read_metadata(path)
+    with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        return {k: file.get_tensor(k) for k in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
 
 
 def read_spec(folder: Path) -> registry.Spec:
@@ -44,18 +39,19 @@ def read_spec(folder: Path) -> registry.Spec:
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; is it the folder of a run or a saved model?")
-    return load_metadata(path)["spec"]
-
-
-def load_metadata(path: Path) -> dict[str, Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no latticode file: {error}") from None
+    metadata = read_metadata(path)
     if metadata.get("schema") != SCHEMA or "spec" not in metadata:
         raise ValueError(f"{path} has schema {metadata.get('schema')!r}, this version of latticode reads {SCHEMA}")
-    return metadata
+    return metadata["spec"]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of `save_tensors` without the tensors. Raises ValueError for a file that is not one."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no latticode file: {error}") from None
 
 
 class Pretrained(nn.Module):

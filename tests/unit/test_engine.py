@@ -121,6 +121,32 @@ def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path, quantizer) 
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_one_interrupted_rank_stops_all(tmp_path) -> None:
+    spec = f"tokenizer={json.dumps(tokenizer_spec(FSQ_SPEC))}"
+    script = tmp_path / "rank.py"  # rank 1 alone gets the signal
+    script.write_text(
+        "import os, pathlib, signal, threading, time\n"
+        "from latticode import cli\n"
+        "def interrupt():\n"
+        f"    while not pathlib.Path({str(tmp_path / 'run' / STATE)!r}).exists():\n"
+        "        time.sleep(0.05)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    threading.Thread(target=interrupt, daemon=True).start()\n"
+        "cli.main()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    result = subprocess.run(
+        [*launcher, "train", "fsq-tokenizer", *TINY, spec, "steps=1000000", "--out", str(tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "saved; go on with --resume" in result.stderr
+    load(tmp_path / "run")
+
+
 def test_accumulation_equals_the_big_batch(tmp_path) -> None:
     big = train(tiny_config(FSQ_SPEC, "batch_size=8"), tmp_path / "big", console=QUIET)
     small = train(tiny_config(FSQ_SPEC, "batch_size=4", "accumulate=2"), tmp_path / "small", console=QUIET)
@@ -179,6 +205,7 @@ def test_weights_and_terms_must_name_the_same_keys(tmp_path) -> None:
         train(tiny_config(FSQ_SPEC, "weights={mse: 1}"), tmp_path / "a", console=QUIET)
     with pytest.raises(ConfigError, match="weights ssim name no loss term"):
         train(tiny_config(FSQ_SPEC, "weights={mse: 1, l1: 1, ssim: 1}"), tmp_path / "b", console=QUIET)
+    tiny_tokenizer(tmp_path / "b")  # what failed in its first step does not stand in the way of another try
 
 
 def test_a_run_is_not_overwritten(tmp_path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from latticode.pretrained import load_tensors, save_tensors
+from latticode.pretrained import load_tensors, read_metadata, save_tensors
 
 STATE = Path("training") / "state.safetensors"
 
@@ -34,6 +34,11 @@ def save_state(
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{name}/{index}/{k}": torch.as_tensor(v) for k, v in state.items()}
     save_tensors(folder / STATE, tensors, metadata)
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the checkpoint in `folder`; 0 if there is none."""
+    return read_metadata(folder / STATE)["step"] if (folder / STATE).exists() else 0
 
 
 def load_state(

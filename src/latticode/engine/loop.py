@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from latticode import distributed, registry
-from latticode.engine.checkpoint import STATE, cut_lines, load_state, save_state
+from latticode.engine.checkpoint import cut_lines, load_state, save_state, saved_step
 from latticode.engine.config import ConfigError, OptimizerConfig, RunConfig, check_resumed, complete, to_yaml
 from latticode.engine.feed import open_feed
 from latticode.engine.monitor import Monitor
@@ -91,6 +91,9 @@ class Average:
 class Interrupt:
     """Turns Ctrl-C and SIGTERM into a flag, so that a step is finished and saved before the run ends."""
 
+    def __init__(self, device: torch.device):
+        self.device = device
+
     def __enter__(self) -> Interrupt:
         self.raised = False
         self._previous: dict[int, Any] = {}
@@ -103,6 +106,12 @@ class Interrupt:
 
     def _set(self, *_: Any) -> None:
         self.raised = True
+
+    def on_any_rank(self) -> bool:
+        """Whether any rank was told to stop: ranks that left at different steps would wait for each other for ever."""
+        if distributed.is_distributed():
+            self.raised = bool(distributed.all_sum([torch.tensor(float(self.raised), device=self.device)])[0])
+        return self.raised
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
@@ -118,7 +127,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     Raises ConfigError for what cannot be run, TrainingError for a loss that is not finite or an interruption.
     """
     console = console or Console(stderr=True)
-    if (folder / STATE).exists() and not resume:
+    if saved_step(folder) and not resume:  # a run that failed in its very first step is no run
         raise ConfigError(f"{folder} already holds a run; resume it with --resume or choose another folder")
     AcceleratorState._reset_state()  # it would hold the first run of a process to its precision for all others
     accelerator = Accelerator(mixed_precision=config.precision, gradient_accumulation_steps=1)
@@ -147,7 +156,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     average = Average(model, config.ema)
     modules = {"model": model, "objective": objective}
     start, seconds = 0, 0.0
-    if resume and (folder / STATE).exists():
+    if saved_step(folder):
         check_resumed(config, folder)
         metadata = load_state(folder, modules, optimizers, average.tensors)
         start, seconds = metadata["step"], metadata["seconds"]
@@ -169,7 +178,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     images = config.batch_size * config.accumulate * distributed.world_size()
     tally = Tally()
     with (
-        Interrupt() as interrupt,
+        Interrupt(accelerator.device) as interrupt,
         progress(
             console if main else Console(quiet=True), f"train {config.kind}", config.steps, scale=images, start=start
         ) as advance,
@@ -198,7 +207,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                     )
             average.update(step)
             tally.steps += 1
-            final = done == config.steps or interrupt.raised
+            final = interrupt.on_any_rank() or done == config.steps
             if final or done % config.log_every == 0 or done % config.save_every == 0:
                 means = tally.means()
                 advance(done, **means)
