@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 
 from latticode.engine import RunConfig, load_config, train
@@ -47,3 +49,10 @@ def tiny_config(quantizer: dict[str, Any] = FSQ_SPEC, *more: str) -> RunConfig:
 
 def tiny_tokenizer(folder: Path) -> Path:
     return train(tiny_config(), folder, console=QUIET)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The file that holds `image`."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

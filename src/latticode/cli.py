@@ -122,10 +122,10 @@ def decode(
     """Turn a token dataset back into images, named as they were."""
     from latticode import runs
     from latticode.data import TokenDataset
-    from latticode.data.transforms import to_uint8
     from latticode.engine import tokens
     from latticode.engine.progress import progress
     from latticode.pictures import grid_image, save_png
+    from latticode.values import to_uint8
 
     _, tokenizer = runs.open_tokenizer(run, device)
     dataset = TokenDataset(source, expect_hash=tokenizer.fingerprint())

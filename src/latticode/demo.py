@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 
 from latticode import runs
-from latticode.data import Loader, Preprocess, open_source, to_uint8
+from latticode.data import Loader, Preprocess, open_source
 from latticode.engine import load_config, train
 from latticode.metrics.pixels import PixelMetrics
 from latticode.pictures import grid_image, save_png
 from latticode.report import Picture, Section, run_sections, write_page
 from latticode.types import Sampling
+from latticode.values import to_uint8
 
 DIGITS = ("data.source=embedded:digits", "data.size=32", "data.channels=1", "data.crop=center", "data.flip=false")
 SMALL = ("picture_every=100000", "save_every=100000", "ema=0.99")

@@ -16,10 +16,11 @@ from latticode.metrics import pixels
 from latticode.metrics.classifier import Classifier
 from latticode.metrics.codes import CodeStatistics, level_histograms
 from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
-from latticode.metrics.pixels import PixelMetrics, rounded
+from latticode.metrics.pixels import PixelMetrics
 from latticode.priors.base import Prior
 from latticode.tokenizer import Tokenizer
 from latticode.types import Batch, Conditioning, Sampling
+from latticode.values import rounded
 
 Progress = Callable[[int, int], None]  # images done, images in all
 

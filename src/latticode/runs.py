@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from latticode.data.transforms import to_uint8
 from latticode.engine.config import RunConfig, read_run
 from latticode.engine.feed import open_loader
 from latticode.engine.progress import progress
@@ -22,6 +21,7 @@ from latticode.metrics.features import feature_network
 from latticode.pictures import grid_image, save_png
 from latticode.pretrained import load_model
 from latticode.types import Conditioning, Sampling
+from latticode.values import to_uint8
 
 GRID = 256  # samples shown in the grid at the most
 

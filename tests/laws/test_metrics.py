@@ -27,7 +27,8 @@ from latticode.metrics import (
     precision_recall,
 )
 from latticode.metrics import features as features_module
-from latticode.metrics.pixels import CAP, rounded, to_8bit
+from latticode.metrics.pixels import CAP
+from latticode.values import rounded, to_uint8
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -53,7 +54,7 @@ def test_pixels_agree_with_scikit_image(channels: int, height: int, width: int) 
     metrics.update(images, noisy)
     result = metrics.compute()
     psnrs, ssims, squares = [], [], []
-    for true, restored in zip(to_8bit(images).numpy(), to_8bit(noisy).numpy()):
+    for true, restored in zip(to_uint8(images).numpy(), to_uint8(noisy).numpy()):
         psnrs.append(peak_signal_noise_ratio(true, restored, data_range=255))
         squares.append(((true.astype(float) - restored.astype(float)) ** 2).mean())
         options = {"channel_axis": 0, "data_range": 255, "gaussian_weights": True, "sigma": 1.5}
@@ -93,7 +94,7 @@ def test_rounding_is_idempotent_and_clamps() -> None:
     assert torch.equal(rounded(rounded(images)), rounded(images))
     assert (rounded(images).min(), rounded(images).max()) == (-1, 1)
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_8bit(every.float() / 127.5 - 1), every)
+    assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)
 
 
 def test_pixels_refuse_what_has_no_number() -> None:
@@ -345,5 +346,5 @@ def test_inception_gets_8_bit_colour(tmp_path, monkeypatch: pytest.MonkeyPatch) 
     weights.touch()
     network = feature_network("inception", weights)
     grey, _ = pictures(2, 1, 4, 4)
-    assert torch.equal(network(grey), to_8bit(grey).expand(-1, 3, -1, -1).flatten(1).float())
+    assert torch.equal(network(grey), to_uint8(grey).expand(-1, 3, -1, -1).flatten(1).float())
     assert network.network.extractor.arguments == ("inception", ["2048"], str(weights))  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ import latticode
 
 ROOT = Path(latticode.__file__).parent
 LAYERS = [  # a row imports rows above it in this list, and itself
-    {"types", "distributed", "files", "registry", "version"},
+    {"types", "distributed", "files", "registry", "values", "version"},
     {"nn", "kernels", "pretrained"},
     {"losses"},
     {"quantizers", "autoencoders"},

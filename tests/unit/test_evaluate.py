@@ -17,10 +17,11 @@ from latticode.data.records import ArraySource
 from latticode.data.transforms import Preprocess
 from latticode.evaluate import evaluate_classifier, evaluate_prior, evaluate_tokenizer
 from latticode.metrics import Classifier, FeatureNetwork
-from latticode.metrics.pixels import CAP, rounded, to_8bit
+from latticode.metrics.pixels import CAP
 from latticode.priors.base import Prior
 from latticode.tokenizer import Tokenizer
 from latticode.types import Batch, Conditioning, Reconstruction, Sampling
+from latticode.values import rounded, to_uint8
 
 SIZE = 16
 CLASSES = 4
@@ -61,7 +62,7 @@ class FakeTokenizer(Tokenizer):
     def encode(self, images: Tensor) -> Tensor:
         assert torch.is_inference_mode_enabled()
         assert not self.training
-        return to_8bit(images)[:, 0, :2, :2, None].long()
+        return to_uint8(images)[:, 0, :2, :2, None].long()
 
     def decode(self, codes: Tensor, size: Any = None) -> Tensor:
         images = codes[..., 0].float().repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None] / 127.5 - 1
@@ -117,7 +118,7 @@ class FakeClassifier(Classifier):
         super().__init__(classes, width=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.one_hot(to_8bit(x)[:, 0, 0, 0].long() % CLASSES, CLASSES).float()
+        return nn.functional.one_hot(to_uint8(x)[:, 0, 0, 0].long() % CLASSES, CLASSES).float()
 
 
 class FakeNetwork(nn.Module):

@@ -3,7 +3,7 @@
 from latticode.data.loading import Loader, TokenLoader
 from latticode.data.sources import Record, Source, StreamSource, open_source
 from latticode.data.tokens import TokenDataset, TokenWriter
-from latticode.data.transforms import ImageError, Preprocess, decode_image, to_float, to_uint8
+from latticode.data.transforms import ImageError, Preprocess, decode_image
 
 __all__ = [
     "ImageError",
@@ -17,6 +17,4 @@ __all__ = [
     "TokenWriter",
     "decode_image",
     "open_source",
-    "to_float",
-    "to_uint8",
 ]

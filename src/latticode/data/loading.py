@@ -13,8 +13,9 @@ from latticode.data.decoding import FLIP, Decoder, Row
 from latticode.data.order import IndexStream, chunks, prefetch, shuffled
 from latticode.data.records import Record, Source, StreamSource
 from latticode.data.tokens import TokenDataset
-from latticode.data.transforms import Preprocess, to_float
+from latticode.data.transforms import Preprocess
 from latticode.types import Batch, CodeBatch
+from latticode.values import to_float
 
 
 class Loader:

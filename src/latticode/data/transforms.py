@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -196,13 +194,3 @@ class Preprocess:
             valid = ", ".join(cls.__dataclass_fields__)
             raise ValueError(f"unknown preprocessing keys {', '.join(sorted(unknown))}; valid: {valid}, range")
         return cls(**fields)
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return pixels.to(torch.float32) / 127.5 - 1
-
-
-def to_uint8(values: Tensor) -> Tensor:
-    """Floats in [-1, 1] -> uint8, rounded to the nearest, values outside clamped; the inverse of `to_float`."""
-    return ((values.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from latticode.data.transforms import to_uint8
 from latticode.engine.checkpoint import append_line
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import Feed
 from latticode.files import write_text
-from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.pixels import PixelMetrics
 from latticode.pictures import grid_image, save_png, side_by_side
 from latticode.types import Conditioning
+from latticode.values import to_uint8
 
 PICTURED, SAMPLED = 16, 32
 
@@ -48,10 +47,10 @@ class Monitor:
         batch = self.batch.to(next(model.parameters()).device)
         if self.config.kind == "tokenizer":
             result = model(batch.images)
-            pixels, codes = PixelMetrics(), CodeStatistics(model.vocab)
+            pixels = PixelMetrics()
             pixels.update(batch.images, result.output)
-            codes.update(result.codes)
-            values = {k: pixels.compute()[k] for k in ("psnr", "ssim")}
+            scores = pixels.compute()
+            values = {"psnr": scores["psnr"], "ssim": scores["ssim"]}
             self._picture(step, "reconstructions", side_by_side(_bytes(batch.images), _bytes(result.output)))
         elif self.config.kind == "prior":
             cond = Conditioning(batch.labels) if model.classes else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latticode.metrics.classifier import Classifier
-from latticode.metrics.pixels import rounded, to_8bit
+from latticode.values import rounded, to_uint8
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
@@ -77,7 +77,7 @@ class _Inception(nn.Module):
         self.extractor = module.FeatureExtractorInceptionV3("inception", ["2048"], str(weights))
 
     def features(self, images: Tensor) -> Tensor:
-        pixels = to_8bit(images)
+        pixels = to_uint8(images)
         return self.extractor(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels)[0]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latticode.values import to_uint8
+
 CAP = 100.0  # dB. An image that is restored exactly has no finite PSNR: it counts as this, and is counted in `exact`
 WINDOW = 11  # px, the Gaussian window of SSIM
 
@@ -17,16 +19,6 @@ PROTOCOL: dict[str, Any] = {
     "psnr_pooled": f"PSNR of the mean squared error over all images, data range 255, capped at {CAP:g} dB",
     "ssim": f"Gaussian window {WINDOW}, sigma 1.5, data range 1.0, windows inside the image, mean over channels",
 }
-
-
-def to_8bit(images: Tensor) -> Tensor:
-    """uint8 images of float ones in [-1, 1], clamped and rounded (half to even)."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def rounded(images: Tensor) -> Tensor:
-    """Float images in [-1, 1] as they come back from an 8-bit file."""
-    return to_8bit(images).float() / 127.5 - 1
 
 
 def mse_8bit(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -78,7 +70,7 @@ class PixelMetrics:
             return
         if not reconstructions.isfinite().all():
             raise ValueError("reconstructions hold values that are not finite; they have no PSNR")
-        true, restored = to_8bit(images), to_8bit(reconstructions)
+        true, restored = to_uint8(images), to_uint8(reconstructions)
         mse = mse_8bit(true, restored)
         self.count += len(images)
         self.exact += int((mse == 0).sum())
