@@ -62,6 +62,9 @@ class Conditioning:
 
     labels: Tensor | None = None  # (B,) int64
 
+    def take(self, rows: slice) -> Conditioning:
+        return Conditioning(None if self.labels is None else self.labels[rows])
+
 
 @dataclass(frozen=True)
 class Sampling:
