@@ -123,12 +123,12 @@ def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path, quantizer) 
 
 def test_one_interrupted_rank_stops_all(tmp_path) -> None:
     spec = f"tokenizer={json.dumps(tokenizer_spec(FSQ_SPEC))}"
-    script = tmp_path / "rank.py"  # rank 1 alone gets the signal
+    script = tmp_path / "rank.py"  # rank 1 alone gets the signal, once both have taken their first steps
     script.write_text(
         "import os, pathlib, signal, threading, time\n"
         "from latticode import cli\n"
         "def interrupt():\n"
-        f"    while not pathlib.Path({str(tmp_path / 'run' / STATE)!r}).exists():\n"
+        f"    while not pathlib.Path({str(tmp_path / 'run' / 'metrics.jsonl')!r}).exists():\n"
         "        time.sleep(0.05)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "if os.environ['RANK'] == '1':\n"

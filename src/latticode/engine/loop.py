@@ -226,6 +226,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
             if final or done % config.save_every == 0:
                 save(done)
             if interrupt.raised and done < config.steps:
+                accelerator.wait_for_everyone()  # a rank that left early would have its launcher end the one that saves
                 raise TrainingError(f"interrupted at step {done} of {config.steps}, saved; go on with --resume")
     if monitor:
         for name, reason in feed.skipped.items():
