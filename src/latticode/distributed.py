@@ -33,6 +33,19 @@ def all_sum(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(t) for part, t in zip(packed.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
+def joined(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums over ranks of several tensors, packed into one all-reduce, with gradients.
+
+    The gradient of a sum is `world_size` times that of this rank's own part. Averaged over ranks, as training averages
+    gradients, it is the gradient of one process on the joined batch, however unequal the ranks' shares are.
+    """
+    if not is_distributed():
+        return list(tensors)
+    totals = all_sum([t.detach() for t in tensors])
+    own = [world_size() * (t - t.detach()) if t.requires_grad else 0 for t in tensors]
+    return [total.to(t) + zero for total, t, zero in zip(totals, tensors, own, strict=True)]
+
+
 def all_gather(tensor: Tensor) -> Tensor:
     """Rows of all ranks in rank order; ranks may hold different numbers of rows."""
     if not is_distributed():

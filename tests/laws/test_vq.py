@@ -201,12 +201,11 @@ def test_dead_codes_return_as_tokens_and_stay(update: str):
 
 
 def test_a_revived_code_is_a_token_with_statistics_of_its_own():
-    quantizer = VQ(4, 3, kmeans=False, restart=0.5)
-    book = quantizer.embedding
+    book = VQ(4, 3, kmeans=False, restart=0.5).embedding
     book.count.copy_(torch.tensor([10.0, 10.0, 10.0, 1.0]))
     alive = book.weight[:3].clone()
     tokens = torch.randn(20, 3)
-    book.revive(tokens, 0.5)
+    book.upkeep(tokens, torch.ones(20, dtype=torch.bool))
     assert torch.equal(book.weight[:3], alive)
     assert (tokens == book.weight[3]).all(dim=1).any()
     assert book.count[3] == 31 / 4

@@ -1,14 +1,54 @@
-"""The contract of every quantizer."""
+"""The contract of every quantizer, and the one place that sees to masks, broken tokens, precision and ranks."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from latticode import distributed
+from latticode.quantizers.codebook import Codebook
 from latticode.types import Quantized
+
+T = TypeVar("T")
+Loss = tuple[Tensor, Tensor]  # sum over tokens and their number: what parts and ranks can be pooled by
+
+
+class Tokens(NamedTuple):
+    """What a quantizer works on inside: latents in float32 at least, each of them finite."""
+
+    values: Tensor  # (..., D), 0 where not kept
+    keep: Tensor  # (...) bool; the others are masked or not finite, and may touch neither losses nor statistics
+    target: Tensor  # `values` as the losses see them: the same numbers, perhaps with another gradient
+    upkeep: bool  # this is the first use in a training step: codebooks may be initialized and restarted
+    context: Tensor | None = None  # (..., D), what earlier stages of a residual quantizer have made of the token
+
+    def become(self, values: Tensor, target: Tensor | None = None) -> Tokens:
+        """The same tokens with other values."""
+        return self._replace(values=values, target=values if target is None else target)
+
+
+class Update(NamedTuple):
+    """A codebook and tokens (..., D) that chose codes (...) of it, for its running averages."""
+
+    codebook: Codebook
+    tokens: Tensor
+    codes: Tensor
+    keep: Tensor
+
+
+class Step(NamedTuple):
+    """What a quantizer makes of `Tokens`."""
+
+    latents: Tensor  # (..., D), with gradients
+    codes: Tensor  # (..., K) int64
+    losses: Mapping[str, Loss] = {}
+    updates: Sequence[Update] = ()
 
 
 class Quantizer(nn.Module, ABC):
@@ -17,43 +57,164 @@ class Quantizer(nn.Module, ABC):
     Laws, held by `tests/laws/test_quantizers.py` for every registered class: `decode(encode(z))` equals the latents of
     `forward(z)` in eval mode bit for bit; codes lie in `vocab`; the result for a token does not depend on the others in
     eval mode; a spec rebuilds the module.
+
+    Arithmetic is float32 whatever the type of z, the parameters or the autocast (float64 for a float64 module), so the
+    codes of a value do not depend on them; latents have z's type, `decode` gives the module's. A token that holds a NaN
+    or an infinity has codes -1 and NaN latents; one that `mask` excludes has codes -1 and latents 0. Both get no
+    gradient and touch neither losses nor running statistics. Under torch.distributed all ranks must run each training
+    step; losses, their averaged gradients and codebooks are those of one process on the joined batch. Random draws come
+    from torch's global generators.
+
+    A class implements `_quantize`, `_encode` and `_decode`, which see clean tokens only, and so composes with
+    the others.
     """
 
     dim: int  # D, the width of the latents
     vocab: tuple[int, ...]  # the number of codes of each of the K code slots
+    contraction: float | Sequence[float] = 1.0  # width of what is left over what came in, per channel; 1: it adapts
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("_like", torch.empty(0), persistent=False)  # follows .to(), .bfloat16(): decode's type
+
+    _like: Tensor
 
     @property
     def bits(self) -> float:
         """Bits per position at a uniform distribution of codes: the sum of log2 of `vocab`."""
         return sum(math.log2(size) for size in self.vocab)
 
-    @abstractmethod
-    def forward(self, z: Tensor) -> Quantized:
-        """Quantize `z` (..., D) with gradients. May update running statistics, in training mode only."""
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        """Quantize `z` (..., D) with gradients; `mask` (...) bool is False at padding.
 
-    @abstractmethod
-    def encode(self, z: Tensor) -> Tensor:
-        """Codes (..., K) int64 of `z` (..., D). Pure. A token that holds a NaN gets the code -1."""
+        Updates running statistics, in training mode only. A loss without a token is 0.
+        """
+        self._check_latents(z, mask)
+        with torch.autocast(z.device.type, enabled=False):
+            tokens = self._tokens(z, mask)
+            step = self._quantize(tokens)
+            losses = self._settle(step) if self.training else _means(step.losses)
+            gone = ~tokens.keep[..., None]
+            latents = step.latents.masked_fill(gone, torch.nan)
+            latents = latents if mask is None else latents.masked_fill(~mask[..., None], 0.0)
+            return Quantized(latents.to(z.dtype), step.codes.masked_fill(gone, -1), losses)
 
-    @abstractmethod
+    @torch.no_grad()
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Codes (..., K) int64 of `z` (..., D). Pure."""
+        self._check_latents(z, mask)
+        with torch.autocast(z.device.type, enabled=False):
+            tokens = self._tokens(z, mask)
+            return self._encode(tokens.values).masked_fill(~tokens.keep[..., None], -1)
+
     def decode(self, codes: Tensor) -> Tensor:
         """Latents (..., D) of `codes` (..., K). Raises ValueError for codes outside `vocab` or of another K."""
+        self._check_codes(codes)
+        with torch.autocast(codes.device.type, enabled=False):
+            return self._decode(codes.long()).to(self._like.dtype)
 
-    def _check_latents(self, z: Tensor) -> None:
+    @abstractmethod
+    def _quantize(self, tokens: Tokens) -> Step:
+        """Latents, codes, losses and codebook updates of `tokens`, with the codebooks as they are."""
+
+    @abstractmethod
+    def _encode(self, x: Tensor) -> Tensor:
+        """The codes (..., K) that `_quantize` gives to `x` (..., D)."""
+
+    @abstractmethod
+    def _decode(self, codes: Tensor) -> Tensor:
+        """The latents (..., D) of valid `codes` (..., K), bit for bit those of `_quantize` in eval mode."""
+
+    @property
+    def _arithmetic(self) -> torch.dtype:
+        return torch.promote_types(self._like.dtype, torch.float32)
+
+    def _tokens(self, z: Tensor, mask: Tensor | None) -> Tokens:
+        x = z.to(self._arithmetic)
+        keep = x.isfinite().all(dim=-1)
+        keep = keep if mask is None else keep & mask
+        x = torch.where(keep[..., None], x, 0.0)
+        return Tokens(x, keep, x, self.training)
+
+    def _settle(self, step: Step) -> dict[str, Tensor]:
+        """The losses over the tokens of all ranks, after moving the codebooks; one all-reduce in all."""
+        moved: list[tuple[Codebook, Tensor, Tensor]] = []
+        for book in _distinct([update.codebook for update in step.updates]):
+            parts = [book.statistics(u.tokens, u.codes, u.keep) for u in step.updates if u.codebook is book]
+            moved.append((book, sum(part[0] for part in parts), sum(part[1] for part in parts)))  # type: ignore[arg-type]
+        pairs = [part for loss in step.losses.values() for part in loss]
+        sums = distributed.joined([*pairs, *(part for _, *parts in moved for part in parts)])
+        for i, (book, _, _) in enumerate(moved):
+            book.absorb(*sums[len(pairs) + 2 * i : len(pairs) + 2 * i + 2])
+        return _means({name: (sums[2 * i], sums[2 * i + 1]) for i, name in enumerate(step.losses)})
+
+    def _check_latents(self, z: Tensor, mask: Tensor | None = None) -> None:
         if z.ndim < 1 or z.shape[-1] != self.dim or not z.is_floating_point():
             raise ValueError(f"{type(self).__name__} expects float latents (..., {self.dim}), got {_describe(z)}")
+        if mask is not None and (mask.shape != z.shape[:-1] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"the mask of latents {tuple(z.shape)} must be {tuple(z.shape[:-1])} bool, got {_describe(mask)}"
+            )
 
     def _check_codes(self, codes: Tensor) -> None:
         if codes.ndim < 1 or codes.shape[-1] != len(self.vocab) or codes.is_floating_point():
             raise ValueError(
                 f"{type(self).__name__} expects integer codes (..., {len(self.vocab)}), got {_describe(codes)}"
             )
+        self._check_range(codes, [0] * len(self.vocab))
+
+    def _check_range(self, codes: Tensor, lowest: Sequence[int]) -> None:
+        """Raise ValueError for `codes` (..., k), of the first k slots, that are below `lowest` or not in `vocab`."""
         if torch.compiler.is_compiling() or codes.numel() == 0:
             return
-        flat = codes.reshape(-1, len(self.vocab))
+        flat = codes.reshape(-1, codes.shape[-1])
         low, high = flat.amin(0).tolist(), flat.amax(0).tolist()
-        if any(a < 0 or b >= size for a, b, size in zip(low, high, self.vocab, strict=True)):
+        if any(a < least or b >= size for a, b, least, size in zip(low, high, lowest, self.vocab, strict=False)):
             raise ValueError(f"codes must lie in 0 .. {[n - 1 for n in self.vocab]} per slot, got {low} .. {high}")
+
+
+@contextmanager
+def accumulating(module: nn.Module) -> Iterator[None]:
+    """Hold the codebooks inside `module` still, and move them once at the end by all that was seen in the block.
+
+    So several small batches between two steps of the optimizer act as the one big batch: the same codes, the same
+    running averages, and, for batches of equal size, the same mean losses (not `diversity`, which is no mean over
+    tokens). K-means and restarts see the first of the batches only.
+    """
+    books = [part for part in module.modules() if isinstance(part, Codebook)]
+    for book in books:
+        book.hold()
+    try:
+        yield
+    finally:
+        for book in books:
+            book.release()
+
+
+def pooled(losses: Sequence[Mapping[str, Loss]]) -> dict[str, Loss]:
+    """Losses of several parts as one: those of one name become the mean over all their tokens."""
+    names = dict.fromkeys(name for part in losses for name in part)
+    return {
+        name: tuple(sum(part[name][i] for part in losses if name in part) for i in range(2))  # type: ignore[misc]
+        for name in names
+    }
+
+
+def token_mean(values: Tensor, keep: Tensor) -> Loss:
+    """The loss that is the mean of `values` (..., D) over channels and kept tokens."""
+    return torch.where(keep[..., None], values, 0.0).sum() / values.shape[-1], keep.sum().to(values.dtype)
+
+
+def _means(losses: Mapping[str, Loss]) -> dict[str, Tensor]:
+    return {name: total / count.clamp(min=1) for name, (total, count) in losses.items()}
+
+
+def _distinct(items: Sequence[T]) -> list[T]:
+    found: list[T] = []
+    for item in items:
+        if not any(item is other for other in found):
+            found.append(item)
+    return found
 
 
 def _describe(t: Tensor) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from latticode import distributed
 from latticode.kernels import nearest_code
@@ -24,10 +24,11 @@ class Codebook(nn.Module):
     Args:
         size: K.
         dim: D.
-        learned: the vectors are a parameter for the optimizer; else a buffer that `accumulate` moves.
+        learned: the vectors are a parameter for the optimizer; else a buffer that `absorb` moves.
         unit: the vectors have length 1.
         decay: of both averages, per step.
-        initialized: False if `initialize` shall set the vectors from data.
+        kmeans: start from k-means over the first tokens; else from N(0, 1).
+        restart: a code whose count is below this fraction of the mean count becomes a random token; 0 = never.
     """
 
     weight: Tensor  # (K, D)
@@ -35,9 +36,9 @@ class Codebook(nn.Module):
     total: Tensor  # (K, D), the sum of these tokens
     initialized: Tensor  # () bool
 
-    def __init__(self, size: int, dim: int, *, learned: bool, unit: bool, decay: float, initialized: bool):
+    def __init__(self, size: int, dim: int, *, learned: bool, unit: bool, decay: float, kmeans: bool, restart: float):
         super().__init__()
-        self.unit, self.decay = unit, decay
+        self.unit, self.decay, self.kmeans, self.restart = unit, decay, kmeans, restart
         weight = _unit(torch.randn(size, dim)) if unit else torch.randn(size, dim)
         if learned:
             self.weight = nn.Parameter(weight)
@@ -45,7 +46,8 @@ class Codebook(nn.Module):
             self.register_buffer("weight", weight)
         self.register_buffer("count", torch.ones(size))
         self.register_buffer("total", weight.clone())
-        self.register_buffer("initialized", torch.tensor(initialized))
+        self.register_buffer("initialized", torch.tensor(not kmeans))
+        self._held: list[tuple[Tensor, Tensor]] | None = None
 
     def vectors(self) -> Tensor:
         """(K, D), in float32 at least, of length 1 if `unit`; differentiable."""
@@ -53,39 +55,47 @@ class Codebook(nn.Module):
         return _unit(weight) if self.unit else weight
 
     @torch.no_grad()
-    def initialize(self, tokens: Tensor) -> None:
-        """Vectors and statistics from k-means over `tokens` (n, D); nothing if no rank has any."""
-        centres, count = kmeans(tokens, len(self.weight), unit=self.unit)
-        if int(count.sum()) > 0:
-            self._set(torch.arange(len(centres), device=centres.device), centres, count)
-            self.initialized.fill_(True)
+    def upkeep(self, tokens: Tensor, keep: Tensor) -> None:
+        """Initialize the vectors from those of `tokens` (..., D) that `keep` (...), or restart the dead ones from them.
 
-    @torch.no_grad()
-    def revive(self, tokens: Tensor, threshold: float) -> None:
-        """Replace each code whose count is below `threshold` times the mean count by a random one of `tokens` (n, D).
-
-        Its statistics start at the mean count of that token: left as they were, the next average would move the vector
-        back to where it died.
+        To be called before the tokens are quantized, so that their codes decode to their latents.
         """
-        mean = self.count.mean()
-        dead = (self.count < threshold * mean).nonzero().squeeze(1)
-        if len(dead):
-            fresh = draw(tokens, len(dead))
-            if len(fresh):
-                self._set(dead, _unit(fresh) if self.unit else fresh, mean.expand(len(dead)))
+        # Within one accumulated batch only the first part may change a code.
+        if (self.kmeans or self.restart > 0) and not self._held:
+            _upkeep(
+                tokens.detach().reshape(-1, tokens.shape[-1]),
+                keep.reshape(-1),
+                self.weight.detach(),
+                self.count,
+                self.total,
+                self.initialized,
+                self.unit,
+                self.restart,
+            )
 
     @torch.no_grad()
-    def accumulate(self, tokens: Tensor, codes: Tensor) -> None:
-        """Move the averages by `tokens` (n, D) that chose `codes` (n,), and the vectors with them unless learned.
+    def statistics(self, tokens: Tensor, codes: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each code the number (K,) and the sum (K, D) of the tokens (..., D) that `keep` (...) and chose it."""
+        flat = codes.reshape(-1)
+        kept = keep.reshape(-1, 1).to(tokens.dtype)
+        count = tokens.new_zeros(len(self.weight)).index_add_(0, flat, kept[:, 0])
+        weighed = tokens.detach().reshape(-1, tokens.shape[-1]) * kept
+        return count, tokens.new_zeros(self.weight.shape).index_add_(0, flat, weighed)
+
+    @torch.no_grad()
+    def absorb(self, count: Tensor, total: Tensor) -> None:
+        """Move the averages by the statistics of all ranks, and the vectors with them unless learned.
 
         c_k = sum_k / n_k, with n_k Laplace-smoothed, (n_k + eps) / (n + K eps) n (arXiv 1711.00937, App. A.1). Codes
         that no token chose stay exactly where they are: smoothing a count of nothing would draw them to the origin.
+        A step without any token leaves the averages alone.
         """
-        count, total = _statistics(tokens, codes, len(self.weight))
-        if not count.any():
+        if self._held is not None:
+            self._held.append((count, total))
             return
-        self.count.lerp_(count.to(self.count), 1 - self.decay)
-        self.total.lerp_(total.to(self.total), 1 - self.decay)
+        weight = torch.where(count.any(), 1 - self.decay, 0.0)
+        self.count.lerp_(count.to(self.count), weight.to(self.count))
+        self.total.lerp_(total.to(self.total), weight.to(self.total))
         if not isinstance(self.weight, nn.Parameter):
             n = self.count.sum()
             smoothed = (self.count + EPS) / (n + len(self.count) * EPS) * n
@@ -93,13 +103,53 @@ class Codebook(nn.Module):
             mean = _unit(mean) if self.unit else mean
             self.weight.copy_(torch.where(count[:, None] > 0, mean, self.weight))
 
-    def _set(self, rows: Tensor, vectors: Tensor, count: Tensor) -> None:
-        self.weight[rows] = vectors.to(self.weight)
-        self.count[rows] = count.to(self.count)
-        self.total[rows] = (vectors * count[:, None]).to(self.total)
+    def hold(self) -> None:
+        """Collect what `absorb` is given until `release`."""
+        self._held = []
+
+    def release(self) -> None:
+        """Absorb all that was collected as one step."""
+        held, self._held = self._held, None
+        if held:
+            self.absorb(
+                torch.stack([count for count, _ in held]).sum(0), torch.stack([total for _, total in held]).sum(0)
+            )
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, {self.weight.shape[1]}"
+
+
+@library.custom_op("latticode::codebook_upkeep", mutates_args=("weight", "count", "total", "initialized"))
+def _upkeep(
+    tokens: Tensor,
+    keep: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    total: Tensor,
+    initialized: Tensor,
+    unit: bool,
+    restart: float,
+) -> None:
+    """An operator of its own, since it decides by the data: torch.compile need not look inside."""
+    tokens = tokens[keep]
+    mean = count.mean()
+    if not initialized:
+        vectors, fresh = kmeans(tokens, len(weight), unit=unit)
+        if not fresh.any():
+            return
+        rows = torch.arange(len(weight), device=weight.device)
+        initialized.fill_(True)
+    else:
+        rows = (count < restart * mean).nonzero().squeeze(1)
+        vectors = draw(tokens, len(rows)) if len(rows) else tokens[:0]
+        if not len(vectors):
+            return
+        vectors = _unit(vectors) if unit else vectors
+        # Left as they were, the averages would move the vector back to where it died.
+        fresh = mean.expand(len(rows))
+    weight[rows] = vectors.to(weight)
+    count[rows] = fresh.to(count)
+    total[rows] = (vectors * fresh[:, None]).to(total)
 
 
 def kmeans(tokens: Tensor, size: int, *, unit: bool = False, steps: int = LLOYD_STEPS) -> tuple[Tensor, Tensor]:
@@ -114,10 +164,10 @@ def kmeans(tokens: Tensor, size: int, *, unit: bool = False, steps: int = LLOYD_
         return tokens.new_zeros(size, tokens.shape[1]), tokens.new_zeros(size)
     centres = _unit(centres) if unit else centres
     for _ in range(steps):
-        count, total = _statistics(tokens, nearest_code(tokens, centres), size)
+        count, total = _assigned(tokens, nearest_code(tokens, centres), size)
         means = total / count.clamp(min=1)[:, None]
         centres = torch.where(count[:, None] > 0, _unit(means) if unit else means, centres)
-    return centres, _statistics(tokens, nearest_code(tokens, centres), size)[0]
+    return centres, _assigned(tokens, nearest_code(tokens, centres), size)[0]
 
 
 def draw(tokens: Tensor, size: int) -> Tensor:
@@ -156,7 +206,7 @@ def _census(tokens: Tensor) -> tuple[int, int, Tensor]:
     return int(counts[: distributed.rank()].sum()), int(counts.sum()), scale.to(tokens.dtype)
 
 
-def _statistics(tokens: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _assigned(tokens: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Of all ranks, for each code the number (size,) and the sum (size, D) of its tokens."""
     count = torch.bincount(codes, minlength=size).to(tokens.dtype)
     total = tokens.new_zeros(size, tokens.shape[1]).index_add_(0, codes, tokens)

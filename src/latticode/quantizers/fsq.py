@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latticode.quantizers.base import Quantizer
-from latticode.types import Quantized
+from latticode.quantizers.base import Quantizer, Step, Tokens
 
 BOUNDS = ("paper", "symmetric", "equal-bins")
 EPS = 1e-3  # keeps a saturated channel off the rounding ties at its two ends (paper, App. A.1)
@@ -58,29 +57,22 @@ class FSQ(Quantizer):
         # Integers survive .bfloat16(); nothing is saved, since the spec says it all.
         self.register_buffer("_levels", torch.tensor(self.levels), persistent=False)
         self.register_buffer("_basis", torch.tensor([math.prod(levels[:i]) for i in range(self.dim)]), persistent=False)
-        self.register_buffer("_dtype", torch.empty(0), persistent=False)  # follows .to(), .bfloat16(): decode's type
 
     _levels: Tensor
     _basis: Tensor
-    _dtype: Tensor
 
-    def forward(self, z: Tensor) -> Quantized:
-        """Latents (..., D) in z's type and codes (..., 1); no losses."""
-        self._check_latents(z)
-        with torch.autocast(z.device.type, enabled=False):
-            position = self.position(z)
-            digits = self.round(position.detach())
-            # Exactly the grid's values forward, the bound's gradient backward.
-            value = self.value(digits) + (self.value(position) - self.value(position.detach()))
-            return Quantized(value.to(z.dtype), self.index(digits))
+    def _quantize(self, tokens: Tokens) -> Step:
+        position = self.position(tokens.values)
+        digits = self.round(position.detach())
+        # Exactly the grid's values forward, the bound's gradient backward.
+        value = self.value(digits) + (self.value(position) - self.value(position.detach()))
+        return Step(value, self.index(digits))
 
-    def encode(self, z: Tensor) -> Tensor:
-        self._check_latents(z)
-        with torch.autocast(z.device.type, enabled=False):
-            return self.index(self.round(self.position(z.detach())))
+    def _encode(self, x: Tensor) -> Tensor:
+        return self.index(self.round(self.position(x)))
 
-    def decode(self, codes: Tensor) -> Tensor:
-        return self.value(self.digits(codes).float()).to(self._dtype.dtype)
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.value(self.digits(codes).float())
 
     def position(self, z: Tensor) -> Tensor:
         """The bounded value in units of levels, 0 .. L-1, whose rounding is the digit; float32, shape of z."""

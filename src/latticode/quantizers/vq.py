@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from latticode.kernels import nearest_code
-from latticode.quantizers.base import Quantizer
+from latticode.quantizers.base import Quantizer, Step, Tokens, Update, token_mean
 from latticode.quantizers.codebook import Codebook
 from latticode.quantizers.gradients import straight_through
-from latticode.types import Quantized
 
 UPDATES = ("ema", "gradient")
 
@@ -33,11 +31,6 @@ class VQ(Quantizer):
         restart: a code chosen by fewer tokens, on average, than this fraction of the mean over codes is dead and
             becomes a random token of the batch; in [0, 1), 0 = never. A fraction, since the number of tokens that a
             live code gets depends on batch and codebook size.
-
-    Arithmetic is float32 under any autocast (float64 for a float64 module); latents have z's dtype, `decode` the
-    module's. A token with a NaN or infinity has code -1 and NaN latents, gets no gradient, and touches neither losses
-    nor codebook. Under torch.distributed all ranks must run each training step; the codebook is that of one process on
-    the joined batch. Random draws come from torch's global CPU generator.
 
     Raises:
         ValueError: for arguments outside the above.
@@ -66,64 +59,37 @@ class VQ(Quantizer):
         self.size, self.dim, self.vocab = size, dim, (size,)
         self.update, self.decay, self.normalize, self.kmeans, self.restart = update, decay, normalize, kmeans, restart
         self.embedding = Codebook(
-            size, dim, learned=update == "gradient", unit=normalize, decay=decay, initialized=not kmeans
+            size, dim, learned=update == "gradient", unit=normalize, decay=decay, kmeans=kmeans, restart=restart
         )
 
-    def forward(self, z: Tensor) -> Quantized:
-        """Latents (..., D) in z's dtype, codes (..., 1), and the losses, which are 0 where there is no finite token."""
-        self._check_latents(z)
-        with torch.autocast(z.device.type, enabled=False):
-            x, finite = self._prepare(z)
-            tokens = x.detach()[finite] if self.training else None
-            if tokens is not None:
-                self._maintain(tokens)
-            vectors = self.embedding.vectors()
-            codes = self._search(x, finite, vectors)
-            q = F.embedding(codes.clamp(min=0), vectors)
-            losses = {"commitment": _mean_square(x - q.detach(), finite)}
-            if self.update == "gradient":
-                losses["codebook"] = _mean_square(q - x.detach(), finite)
-            latents = straight_through(x, q.masked_fill(~finite[..., None], torch.nan)).to(z.dtype)
-            if tokens is not None:
-                self.embedding.accumulate(tokens, codes[finite])
-            return Quantized(latents, codes[..., None], losses)
+    def _quantize(self, tokens: Tokens) -> Step:
+        x, target = self._place(tokens.values), self._place(tokens.target)
+        if tokens.upkeep:
+            self.embedding.upkeep(x, tokens.keep)
+        vectors = self.embedding.vectors()
+        codes = self._search(x, vectors)
+        q = F.embedding(codes, vectors)
+        losses = {"commitment": token_mean((target - q.detach()).square(), tokens.keep)}
+        if self.update == "gradient":
+            losses["codebook"] = token_mean((q - target.detach()).square(), tokens.keep)
+        update = Update(self.embedding, x, codes, tokens.keep)
+        return Step(straight_through(x, q), codes[..., None], losses, [update])
 
-    @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        self._check_latents(z)
-        with torch.autocast(z.device.type, enabled=False):
-            return self._search(*self._prepare(z), self.embedding.vectors())[..., None]
+    def _encode(self, x: Tensor) -> Tensor:
+        return self._search(self._place(x), self.embedding.vectors())[..., None]
 
-    def decode(self, codes: Tensor) -> Tensor:
-        self._check_codes(codes)
-        return F.embedding(codes[..., 0].long(), self.embedding.vectors()).to(self.embedding.weight.dtype)
+    def _decode(self, codes: Tensor) -> Tensor:
+        return F.embedding(codes[..., 0], self.embedding.vectors())
 
-    def _prepare(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens in the codebook's arithmetic (..., D), zero where not finite, and which are finite (...)."""
-        x = z.to(torch.promote_types(self.embedding.weight.dtype, torch.float32))
-        finite = x.isfinite().all(dim=-1)
-        x = torch.where(finite[..., None], x, 0.0)
-        return F.normalize(x, dim=-1) if self.normalize else x, finite
+    def _place(self, x: Tensor) -> Tensor:
+        """The points that codes stand for: on the sphere if `normalize`."""
+        return F.normalize(x, dim=-1) if self.normalize else x
 
-    def _search(self, x: Tensor, finite: Tensor, vectors: Tensor) -> Tensor:
-        """Codes (...) of tokens (..., D); -1 where not finite."""
-        codes = nearest_code(x.reshape(-1, self.dim), vectors).view(finite.shape)
-        return codes.masked_fill(~finite, -1)
-
-    def _maintain(self, tokens: Tensor) -> None:
-        if not self.embedding.initialized:
-            self.embedding.initialize(tokens)
-        elif self.restart > 0:
-            self.embedding.revive(tokens, self.restart)
+    def _search(self, x: Tensor, vectors: Tensor) -> Tensor:
+        return nearest_code(x.reshape(-1, self.dim), vectors).view(x.shape[:-1])
 
     def extra_repr(self) -> str:
         return (
             f"update={self.update!r}, decay={self.decay}, normalize={self.normalize}, "
             f"kmeans={self.kmeans}, restart={self.restart}"
         )
-
-
-def _mean_square(difference: Tensor, finite: Tensor) -> Tensor:
-    """The mean of the squares of `difference` (..., D) over the finite tokens (...); 0 if there are none."""
-    squares = torch.where(finite[..., None], difference, 0.0).square()
-    return squares.sum() / (finite.sum() * difference.shape[-1]).clamp(min=1)
