@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latticode import registry
-from latticode.quantizers import Quantizer
+from latticode.quantizers import Quantizer, accumulating
+from latticode.quantizers.codebook import Codebook
 
 SPECS: dict[str, dict[str, Any]] = {
     "fsq-8555": {"type": "fsq", "levels": [8, 5, 5, 5]},
@@ -128,6 +129,8 @@ def test_tokens_do_not_depend_on_each_other(trained: Quantizer):
 def test_strided_input(trained: Quantizer):
     image = latents(2, trained.dim, 5, 6).movedim(1, -1)  # channels first in memory
     assert same(trained(image).latents, trained(image.contiguous()).latents)
+    image = image.movedim(-1, 1).contiguous(memory_format=torch.channels_last).movedim(1, -1)
+    assert same(trained(image).latents, trained(image.contiguous()).latents)
     assert torch.equal(trained.encode(image[:, ::2]), trained.encode(image)[:, ::2])
 
 
@@ -187,6 +190,61 @@ def test_nan_is_code_minus_one_and_stays_with_its_token(quantizer: Quantizer):
     assert torch.equal(clean.encode(broken)[kept], clean.encode(z)[kept])
     for name, loss in out.losses.items():
         torch.testing.assert_close(loss, expected.losses[name])
+    for key, value in quantizer.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[key])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_is_marked_and_touches_nothing(quantizer: Quantizer, training: bool):
+    """As if it were not there, even where it holds a NaN."""
+    quantizer.train(training)
+    z = latents(60, quantizer.dim)
+    padded = torch.cat([z[:20], torch.full((5, quantizer.dim), torch.nan), latents(5, quantizer.dim) * 9, z[20:]])
+    mask = torch.ones(70, dtype=torch.bool)
+    mask[20:30] = False
+    twin = copy.deepcopy(quantizer)
+    padded.requires_grad_()
+    outs = []
+    for module, arguments in ((quantizer, (padded, mask)), (twin, (z,))):
+        torch.manual_seed(1)
+        outs.append(module(*arguments))
+    out, expected = outs
+    assert torch.equal(quantizer.encode(padded, mask)[~mask], out.codes[~mask])
+    assert (out.codes[~mask] == -1).all()
+    assert (out.latents[~mask] == 0).all()
+    assert torch.equal(out.codes[mask], expected.codes)
+    assert same(out.latents[mask], expected.latents)
+    for name, loss in out.losses.items():
+        torch.testing.assert_close(loss, expected.losses[name])
+    for key, value in quantizer.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[key])
+    (gradient,) = torch.autograd.grad(out.latents.square().sum() + sum(out.losses.values()), padded)
+    assert (gradient[~mask] == 0).all()
+    assert gradient.isfinite().all()
+
+
+def test_refuses_a_mask_that_does_not_fit(trained: Quantizer):
+    z = latents(2, 3, trained.dim)
+    for mask in (torch.ones(2, 3), torch.ones(6, dtype=torch.bool), torch.ones(2, 3, trained.dim, dtype=torch.bool)):
+        for method in (trained, trained.encode):
+            with pytest.raises(ValueError, match=r"need a bool mask \(2, 3\)"):
+                method(z, mask)
+
+
+def test_accumulated_parts_are_one_batch(quantizer: Quantizer):
+    """Between two optimizer steps: the codebook moves once, and the mean of the losses and gradients is the batch's."""
+    for book in quantizer.modules():
+        if isinstance(book, Codebook):
+            book.restart = 0.0  # restarts draw from the first part only
+    z = latents(80, quantizer.dim)
+    twin = copy.deepcopy(quantizer)
+    whole, inputs = twin(z), [part.requires_grad_() for part in z.clone().split(40)]
+    with accumulating(quantizer):
+        parts = [quantizer(part) for part in inputs]
+    assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
+    for name, loss in whole.losses.items():
+        if name != "diversity":  # of a batch, not of a token
+            torch.testing.assert_close(sum(part.losses[name] for part in parts) / 2, loss)
     for key, value in quantizer.state_dict().items():
         torch.testing.assert_close(value, twin.state_dict()[key])
 
@@ -276,14 +334,77 @@ def test_copies_act_alike(trained: Quantizer, duplicate: Any):
     assert same(duplicate(trained)(z).latents, trained(z).latents)
 
 
-def test_one_graph_in_eval(trained: Quantizer):
-    """No graph break: also what torch.export needs."""
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph(quantizer: Quantizer, training: bool):
+    """No graph break; values, gradients and what a training step does to the state are eager's."""
+    torch._dynamo.reset()
+    quantizer.train(training)
+    twin = copy.deepcopy(quantizer)
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        results = []
+        for module in (compiled, twin):
+            torch.manual_seed(step)
+            z = latents(60, twin.dim, seed=step).requires_grad_()
+            out = module(z)
+            (gradient,) = torch.autograd.grad(out.latents.square().sum() + sum(out.losses.values()), z)
+            results.append((out, gradient))
+        (ours, ours_gradient), (theirs, theirs_gradient) = results
+        assert torch.equal(ours.codes, theirs.codes)
+        torch.testing.assert_close(ours.latents, theirs.latents)
+        torch.testing.assert_close(dict(ours.losses), dict(theirs.losses))
+        torch.testing.assert_close(ours_gradient, theirs_gradient)
+    for key, value in quantizer.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[key])
+
+
+class Both(nn.Module):
+    """What a deployed tokenizer needs of its quantizer."""
+
+    def __init__(self, quantizer: Quantizer):
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return self.quantizer.encode(z), self.quantizer.decode(codes)
+
+
+def exported(trained: Quantizer) -> torch.export.ExportedProgram:
+    z = latents(6, trained.dim)
+    batch = {0: torch.export.Dim("batch")}
+    shapes = {"z": batch, "codes": batch}
+    return torch.export.export(Both(trained), (z, trained.encode(z)), dynamic_shapes=shapes)
+
+
+def test_exports_with_a_dynamic_batch(trained: Quantizer):
+    program = exported(trained).module()
+    z = latents(41, trained.dim, seed=3)
+    codes = trained.encode(z)
+    ours, restored = program(z, codes)
+    assert torch.equal(ours, codes)
+    torch.testing.assert_close(restored, trained.decode(codes))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_onnx_gives_the_same_codes(trained: Quantizer):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    program = torch.onnx.export(exported(trained), dynamo=True, verbose=False, optimize=True)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    z = latents(41, trained.dim, seed=3)
+    codes = trained.encode(z)
+    names = [one.name for one in session.get_inputs()]
+    ours, restored = (torch.from_numpy(a) for a in session.run(None, dict(zip(names, (z.numpy(), codes.numpy())))))
+    assert torch.equal(ours, codes)
+    torch.testing.assert_close(restored, trained.decode(codes))
+
+
+def test_one_graph_of_encode(trained: Quantizer):
     torch._dynamo.reset()
     z = latents(30, trained.dim)
-    compiled = torch.compile(lambda z: (trained(z).latents, trained.encode(z)), backend="aot_eager", fullgraph=True)
-    latent, codes = compiled(z)
-    assert same(latent, trained(z).latents)
-    assert torch.equal(codes, trained.encode(z))
+    codes = trained.encode(z)
+    assert torch.equal(torch.compile(trained.encode, backend="aot_eager", fullgraph=True)(z), codes)
+    assert same(torch.compile(trained.decode, backend="aot_eager", fullgraph=True)(codes), trained.decode(codes))
 
 
 def test_refuses_latents_that_do_not_fit(trained: Quantizer):

@@ -147,9 +147,10 @@ def test_one_interrupted_rank_stops_all(tmp_path) -> None:
     load(tmp_path / "run")
 
 
-def test_accumulation_equals_the_big_batch(tmp_path) -> None:
-    big = train(tiny_config(FSQ_SPEC, "batch_size=8"), tmp_path / "big", console=QUIET)
-    small = train(tiny_config(FSQ_SPEC, "batch_size=4", "accumulate=2"), tmp_path / "small", console=QUIET)
+@pytest.mark.parametrize("quantizer", [FSQ_SPEC, VQ_SPEC | {"kmeans": False, "restart": 0.0}], ids=["fsq", "vq"])
+def test_accumulation_equals_the_big_batch(tmp_path, quantizer) -> None:
+    big = train(tiny_config(quantizer, "batch_size=8"), tmp_path / "big", console=QUIET)
+    small = train(tiny_config(quantizer, "batch_size=4", "accumulate=2"), tmp_path / "small", console=QUIET)
     ours, theirs = weights(small), weights(big)
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-5)

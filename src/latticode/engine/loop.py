@@ -31,6 +31,7 @@ from latticode.engine.tally import Tally, TrainingError
 from latticode.files import write_text
 from latticode.objectives import Objective
 from latticode.pretrained import save_model
+from latticode.quantizers import accumulating
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -188,23 +189,24 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
         for step in range(start, config.steps):
             torch.manual_seed(step_seed(config.seed, step, distributed.rank()))
             rate, done = learning_rate(config.optimizer, step, config.steps), step + 1
-            for micro in range(config.accumulate):
-                last = micro == config.accumulate - 1
-                batch = next(batches).to(accelerator.device)
-                seen: set[str] = set()
-                with accelerator.autocast():
-                    for player, terms in objective.turns(model, batch, step):
-                        parameters = [p for p in players[player].parameters() if p.requires_grad]
-                        loss = weigh(terms, config.weights) / config.accumulate
-                        accelerator.backward(loss, inputs=parameters)
-                        if last:
-                            _step(accelerator, optimizers[player], parameters, rate, config.optimizer.clip)
-                        seen |= terms.keys()
-                        tally.add(terms, done, 1 / config.accumulate)
-                if unused := sorted(config.weights.keys() - seen):
-                    raise ConfigError(
-                        f"weights {', '.join(unused)} name no loss term; terms: {', '.join(sorted(seen))}"
-                    )
+            with accumulating(model):
+                for micro in range(config.accumulate):
+                    last = micro == config.accumulate - 1
+                    batch = next(batches).to(accelerator.device)
+                    seen: set[str] = set()
+                    with accelerator.autocast():
+                        for player, terms in objective.turns(model, batch, step):
+                            parameters = [p for p in players[player].parameters() if p.requires_grad]
+                            loss = weigh(terms, config.weights) / config.accumulate
+                            accelerator.backward(loss, inputs=parameters)
+                            if last:
+                                _step(accelerator, optimizers[player], parameters, rate, config.optimizer.clip)
+                            seen |= terms.keys()
+                            tally.add(terms, done, 1 / config.accumulate)
+                    if unused := sorted(config.weights.keys() - seen):
+                        raise ConfigError(
+                            f"weights {', '.join(unused)} name no loss term; terms: {', '.join(sorted(seen))}"
+                        )
             average.update(step)
             tally.steps += 1
             final = interrupt.on_any_rank() or done == config.steps

@@ -152,9 +152,8 @@ class Quantizer(nn.Module, ABC):
         if z.ndim < 1 or z.shape[-1] != self.dim or not z.is_floating_point():
             raise ValueError(f"{type(self).__name__} expects float latents (..., {self.dim}), got {_describe(z)}")
         if mask is not None and (mask.shape != z.shape[:-1] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"the mask of latents {tuple(z.shape)} must be {tuple(z.shape[:-1])} bool, got {_describe(mask)}"
-            )
+            shape = tuple(z.shape)
+            raise ValueError(f"latents {shape} need a bool mask {shape[:-1]}, got {_describe(mask)}")
 
     def _check_codes(self, codes: Tensor) -> None:
         if codes.ndim < 1 or codes.shape[-1] != len(self.vocab) or codes.is_floating_point():
