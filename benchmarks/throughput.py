@@ -122,7 +122,7 @@ def encoding(model: Any, config: RunConfig) -> dict[str, float]:
             road = seconds(lambda at=folder, take=loader: encode(model, take, Path(at) / "tokens", console=QUIET))
         batches = list(Loader(source, config.data.preprocess(), 64).epoch())
         with torch.inference_mode():
-            network = seconds(lambda take=batches: [model.encode(batch.images) for batch in take])
+            network = seconds(lambda take=batches: [model.encode(batch.inputs) for batch in take])
         rates.append(len(source) / road)
         ratios.append(road / network)
     return {"encode_images_per_second": statistics.median(rates), "encode_over_network": statistics.median(ratios)}
@@ -152,7 +152,7 @@ def main(source: str) -> None:
         config = configuration(recipe, source, "log_every=10")
         config = complete(config, classes=10)
         loader = Loader(open_source(source, "test"), config.data.preprocess(), IMAGES)
-        images = next(iter(loader.epoch())).images
+        images = next(iter(loader.epoch())).inputs
         model = build(config.model)
         with torch.no_grad():
             model(images[:256])  # k-means

@@ -99,13 +99,13 @@ def _photograph(folder: Path) -> tuple[Path, str]:
     batch = next(iter(loader.epoch()))
     name = loader.source.name_of(int(batch.indices[0]))
     with torch.inference_mode():
-        codes = tokenizer.encode(batch.images)
-        restored = tokenizer.decode(codes, batch.images.shape[-2:])
+        codes = tokenizer.encode(batch.inputs)
+        restored = tokenizer.decode(codes, batch.inputs.shape[-2:])
     pixels = PixelMetrics()
-    pixels.update(batch.images, restored)
+    pixels.update(batch.inputs, restored)
     path = folder / "photograph.png"
-    save_png(path, grid_image(torch.cat([to_uint8(batch.images), to_uint8(restored)]), 2, 8))
-    height, width = batch.images.shape[-2:]
+    save_png(path, grid_image(torch.cat([to_uint8(batch.inputs), to_uint8(restored)]), 2, 8))
+    height, width = batch.inputs.shape[-2:]
     bits = codes[..., 0].numel() * tokenizer.quantizer.bits
     return path, (
         f"{name}, {width} x {height}: {codes[..., 0].numel():,} tokens of {tokenizer.quantizer.bits:.2f} bits, "

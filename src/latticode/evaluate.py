@@ -63,7 +63,7 @@ def evaluate_tokenizer(
     report = _Report(progress, _count(loader, limit) + more)
     with _evaluating(tokenizer, features):
         for batch in _batches(loader, limit, report):
-            images = batch.images.to(_device(tokenizer))
+            images = batch.inputs.to(_device(tokenizer))
             reconstruction = tokenizer(images)
             metrics.update(images, reconstruction.output)
             codes.update(reconstruction.codes)
@@ -76,7 +76,7 @@ def evaluate_tokenizer(
                     original.update(_features(features, images))
         if features is not None and reference is not None:
             for batch in _batches(reference, None, report):
-                original.update(_features(features, batch.images))
+                original.update(_features(features, batch.inputs))
     result = metrics.compute()
     count = result.pop("count")
     result |= codes.compute()
@@ -152,7 +152,7 @@ def evaluate_prior(
     size: tuple[int, ...] = ()
     with _evaluating(prior, tokenizer, features, classifier):
         for batch in _batches(loader, limit, report):
-            images, labels = batch.images.to(device), batch.labels.to(device)
+            images, labels = batch.inputs.to(device), batch.labels.to(device)
             codes = tokenizer.encode(images)
             bits += float(prior.bits(codes, Conditioning(labels) if classes else None).double().sum())
             size = tuple(images.shape[-2:])
@@ -163,7 +163,7 @@ def evaluate_prior(
             raise ValueError("the loader of held-out images holds none")
         if features is not None and reference is not None:
             for batch in _batches(reference, None, report):
-                rows = _features(features, batch.images)
+                rows = _features(features, batch.inputs)
                 training.update(rows)
                 training_sample.update(rows)
         for first in range(0, samples, batch_size):
@@ -237,7 +237,7 @@ def evaluate_classifier(
         for batch in _batches(loader, limit, report):
             known = batch.labels >= 0
             labels = batch.labels[known].to(_device(classifier))
-            logits = classifier(batch.images[known].to(labels.device))
+            logits = classifier(batch.inputs[known].to(labels.device))
             right += int((logits.argmax(1) == labels).sum())
             nats += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
             count += len(labels)
@@ -327,10 +327,10 @@ def _batches(loader: Loader, limit: int | None, report: _Report) -> Iterator[Bat
             if batch is None:
                 break
             if left is not None:
-                batch = Batch(batch.images[:left], batch.labels[:left], batch.indices[:left])
-                left -= len(batch.images)
+                batch = Batch(batch.inputs[:left], batch.labels[:left], batch.indices[:left])
+                left -= len(batch.inputs)
             yield batch
-            report(len(batch.images))
+            report(len(batch.inputs))
     finally:
         if close := getattr(iterator, "close", None):  # a loader's threads end now, not at the next collection
             close()

@@ -45,8 +45,8 @@ class ReconstructionObjective(Objective):
         return {"tokenizer": model}
 
     def turns(self, model: Any, batch: Batch, step: int) -> Iterator[Turn]:
-        result = model(batch.images)
-        yield "tokenizer", {n: PIXEL_TERMS[n](result.output, batch.images) for n in self.terms} | dict(result.losses)
+        result = model(batch.inputs)
+        yield "tokenizer", {n: PIXEL_TERMS[n](result.output, batch.inputs) for n in self.terms} | dict(result.losses)
 
 
 class PriorObjective(Objective):
@@ -66,4 +66,4 @@ class ClassificationObjective(Objective):
         return {"classifier": model}
 
     def turns(self, model: Any, batch: Batch, step: int) -> Iterator[Turn]:
-        yield "classifier", {"cross_entropy": F.cross_entropy(model(batch.images), batch.labels)}
+        yield "classifier", {"cross_entropy": F.cross_entropy(model(batch.inputs), batch.labels)}

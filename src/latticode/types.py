@@ -29,19 +29,19 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loader yields: preprocessed images and what is known of them."""
+    """What a loader yields: preprocessed images, clips or waveforms and what is known of them."""
 
-    images: Tensor  # (B, C, H, W) float32 in [-1, 1]
+    inputs: Tensor  # float32 in [-1, 1]: images (B, C, H, W), videos (B, C, T, H, W), waveforms (B, C, T)
     labels: Tensor  # (B,) int64; -1 = no label
     indices: Tensor  # (B,) int64, position in the source
 
     def drop(self, count: int) -> Batch:
         """Without the first `count`."""
-        return Batch(self.images[count:], self.labels[count:], self.indices[count:])
+        return Batch(self.inputs[count:], self.labels[count:], self.indices[count:])
 
     def to(self, device: Any) -> Batch:
         return replace(
-            self, images=self.images.to(device), labels=self.labels.to(device), indices=self.indices.to(device)
+            self, inputs=self.inputs.to(device), labels=self.labels.to(device), indices=self.indices.to(device)
         )
 
 

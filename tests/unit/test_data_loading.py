@@ -49,7 +49,7 @@ class Stream(StreamSource):
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)
+    return torch.equal(a.inputs, b.inputs) and torch.equal(a.labels, b.labels) and torch.equal(a.indices, b.indices)
 
 
 def take(loader: Loader, count: int, start: int = 0) -> list[Batch]:
@@ -156,7 +156,7 @@ def test_ranks_concatenated_are_the_batch_of_one_process(kind):
     whole = take(Loader(source(), KINDS[kind], 6), 8)
     parts = [take(Loader(source(), KINDS[kind], 2, rank=r, world=3), 8) for r in range(3)]
     for t, batch in enumerate(whole):
-        assert torch.equal(torch.cat([part[t].images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part[t].inputs for part in parts]), batch.inputs)
         assert torch.equal(torch.cat([part[t].labels for part in parts]), batch.labels)
 
 
@@ -177,17 +177,17 @@ def test_small_sources_are_decoded_once(kind, reads):
 def test_batches_hold_the_records_they_name():
     made = source()
     for batch in take(Loader(made, Preprocess(8, 1), 5), 6):
-        assert (batch.images.shape, batch.images.dtype) == ((5, 1, 8, 8), torch.float32)
+        assert (batch.inputs.shape, batch.inputs.dtype) == ((5, 1, 8, 8), torch.float32)
         expected = torch.from_numpy(made.images[batch.indices.numpy()])[:, None].float() / 127.5 - 1
-        assert torch.equal(batch.images, expected)
+        assert torch.equal(batch.inputs, expected)
         assert torch.equal(batch.labels, batch.indices % 3)
 
 
 def test_augmentation_varies_between_epochs_and_can_be_turned_off():
     pre = Preprocess(8, 1, flip=True)
     plain = Loader(source(), pre, 23, augment=False)
-    first, second = (b.images[b.indices.argsort()] for b in take(Loader(source(), pre, 23), 2))
-    a, b = (b.images[b.indices.argsort()] for b in take(plain, 2))
+    first, second = (b.inputs[b.indices.argsort()] for b in take(Loader(source(), pre, 23), 2))
+    a, b = (b.inputs[b.indices.argsort()] for b in take(plain, 2))
     assert torch.equal(a, b)
     assert not torch.equal(first, second)
     flipped = (first != a).flatten(1).any(1)
@@ -197,7 +197,7 @@ def test_augmentation_varies_between_epochs_and_can_be_turned_off():
 
 def test_random_crops_vary_between_epochs():
     pre = Preprocess(4, 1, crop="random")
-    first, second = (b.images[b.indices.argsort()] for b in take(Loader(source(), pre, 23), 2))
+    first, second = (b.inputs[b.indices.argsort()] for b in take(Loader(source(), pre, 23), 2))
     assert (first != second).flatten(1).any(1).sum() > 11
 
 
@@ -219,7 +219,7 @@ def test_epoch_is_everything_once_in_order(workers, world):
     batches = [batch for loader in loaders for batch in loader.epoch()]
     assert torch.cat([b.indices for b in batches]).tolist() == list(range(23))
     assert sum(len(loader) for loader in loaders) == 23
-    assert all(len(b.images) <= 5 for b in batches)
+    assert all(len(b.inputs) <= 5 for b in batches)
 
 
 def test_epoch_takes_mixed_sizes_apart_and_batches_refuse_them():
@@ -230,7 +230,7 @@ def test_epoch_takes_mixed_sizes_apart_and_batches_refuse_them():
             return Record(self.images[i][: 8 if i % 4 else 4], 0, self.names[i])
 
     mixed = Mixed("mixed", made.images, None, (), made.names)
-    shapes = [tuple(b.images.shape) for b in Loader(mixed, Preprocess(channels=1), 6).epoch()]
+    shapes = [tuple(b.inputs.shape) for b in Loader(mixed, Preprocess(channels=1), 6).epoch()]
     assert shapes == [(1, 1, 4, 8), (3, 1, 8, 8), (1, 1, 4, 8), (1, 1, 8, 8)]
     with pytest.raises(ValueError, match=r"differ in size \(4x8 and 8x8\); give the preprocessing a size"):
         next(Loader(mixed, Preprocess(channels=1), 6).batches())
@@ -275,7 +275,7 @@ def test_pictures_given_as_files_are_decoded(tmp_path):
 
     loader = Loader(open_source(str(tmp_path), "all"), Preprocess(4), 3, workers=1)
     batch = take(loader, 1)[0]
-    assert batch.images.unique().tolist() == [-1, 1]
+    assert batch.inputs.unique().tolist() == [-1, 1]
     assert loader.skipped == {"bad.png": "empty"}
 
 
@@ -296,7 +296,7 @@ def test_stream_resumes_and_shards_like_any_source(pre):
     assert all(map(same, whole[5:], take(Loader(stream, pre, 6, workers=2), 4, 5)))
     parts = [take(Loader(stream, pre, 3, rank=r, world=2), 9) for r in range(2)]
     for t, batch in enumerate(whole):
-        assert torch.equal(torch.cat([part[t].images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part[t].inputs for part in parts]), batch.inputs)
     assert sorted(torch.cat([b.indices for b in whole])[:23].tolist()) == list(range(23))
 
 
@@ -314,7 +314,7 @@ def test_stream_replaces_bad_records_and_refuses_nothing_but_bad_ones():
     loader = Loader(Stream(Damaged(source(), {2})), Preprocess(8, 1), 6)
     batches = take(loader, 4)
     assert set(loader.skipped) == {"r2"}
-    assert all(len(b.images) == 6 and 2 not in b.indices for b in batches)
+    assert all(len(b.inputs) == 6 and 2 not in b.indices for b in batches)
     with pytest.raises(ValueError, match="no image of 'stream' can be read"):
         take(Loader(Stream(Damaged(source(4), {0, 1, 2, 3})), Preprocess(8, 1), 2), 1)
     empty = ArraySource("none", np.zeros((0, 8, 8), np.uint8), None, (), [])

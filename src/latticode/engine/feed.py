@@ -81,7 +81,7 @@ def _encoding(loader: Loader, tokenizer: Any, device: torch.device) -> Callable[
     def batches(start: int) -> Iterator[CodeBatch]:
         for batch in loader.batches(start):
             with torch.inference_mode():
-                codes = tokenizer.encode(batch.images.to(device)).cpu()
+                codes = tokenizer.encode(batch.inputs.to(device)).cpu()
             yield CodeBatch(codes.clone(), batch.labels)
 
     return batches

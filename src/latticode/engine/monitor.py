@@ -46,22 +46,22 @@ class Monitor:
             return
         batch = self.batch.to(next(model.parameters()).device)
         if self.config.kind == "tokenizer":
-            result = model(batch.images)
+            result = model(batch.inputs)
             pixels = PixelMetrics()
-            pixels.update(batch.images, result.output)
+            pixels.update(batch.inputs, result.output)
             scores = pixels.compute()
             values = {"psnr": scores["psnr"], "ssim": scores["ssim"]}
-            self._picture(step, "reconstructions", side_by_side(_bytes(batch.images), _bytes(result.output)))
+            self._picture(step, "reconstructions", side_by_side(_bytes(batch.inputs), _bytes(result.output)))
         elif self.config.kind == "prior":
             cond = Conditioning(batch.labels) if model.classes else None
-            codes = self.feed.tokenizer.encode(batch.images)
+            codes = self.feed.tokenizer.encode(batch.inputs)
             values = {"compression_cost": float(model.bits(codes, cond).mean()) / codes[0].numel()}
             labels = torch.arange(SAMPLED, device=batch.labels.device) % max(model.classes, 1)
             sampled = model.sample(SAMPLED, Conditioning(labels) if model.classes else None, seed=self.config.seed)
             size = (self.config.data.size,) * 2
             self._picture(step, "samples", grid_image(_bytes(self.feed.tokenizer.decode(sampled, size), SAMPLED), 8))
         else:
-            values = {"accuracy": float((model(batch.images).argmax(1) == batch.labels).float().mean())}
+            values = {"accuracy": float((model(batch.inputs).argmax(1) == batch.labels).float().mean())}
         self.log(step, {f"val/{k}": v for k, v in values.items()})
 
     def _picture(self, step: int, kind: str, image: Any) -> None:

@@ -43,15 +43,15 @@ def encode(tokenizer: Any, loader: Loader, folder: Path, *, console: Console, re
     with ThreadPoolExecutor(1) as pool, progress(console, "encode", total, start=done) as advance:
         pending: Future[None] | None = None
         for batch in loader.epoch():
-            batch, left = batch.drop(min(left, len(batch.images))), max(0, left - len(batch.images))
-            if not len(batch.images):
+            batch, left = batch.drop(min(left, len(batch.inputs))), max(0, left - len(batch.inputs))
+            if not len(batch.inputs):
                 continue
             with torch.inference_mode():
-                codes = tokenizer.encode(batch.images.to(device)).cpu()
+                codes = tokenizer.encode(batch.inputs.to(device)).cpu()
             if pending:
                 pending.result()
             names = [loader.source.name_of(int(i)) for i in batch.indices]
-            sizes = [(batch.images.shape[-2], batch.images.shape[-1])] * len(names)
+            sizes = [(batch.inputs.shape[-2], batch.inputs.shape[-1])] * len(names)
             pending = pool.submit(writer.write, codes, batch.labels, names, sizes)
             done += len(names)
             advance(done)
