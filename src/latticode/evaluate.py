@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from latticode.data.loading import Loader
 from latticode.metrics import pixels
 from latticode.metrics.classifier import Classifier
-from latticode.metrics.codes import CodeStatistics, level_histograms
+from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
 from latticode.metrics.pixels import PixelMetrics
 from latticode.priors.base import Prior
@@ -88,8 +88,7 @@ def evaluate_tokenizer(
     }
     levels: Any = getattr(quantizer, "levels", None)
     if levels is not None:
-        values, numbers = codes.counts()
-        result["level_histograms"] = level_histograms(numbers, levels, values)
+        result["level_histograms"] = codes.level_histograms(levels)
     if features is not None:
         result[f"rfid_{features.name}"] = restored.distance(original)
     return result | {

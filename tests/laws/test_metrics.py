@@ -23,7 +23,6 @@ from latticode.metrics import (
     entropy_bits,
     feature_network,
     frechet_distance,
-    level_histograms,
     precision_recall,
 )
 from latticode.metrics import features as features_module
@@ -183,17 +182,27 @@ def test_code_statistics_refuse_foreign_codes() -> None:
         CodeStatistics([])
 
 
-@pytest.mark.parametrize("levels", [[3, 5, 4], [8, 5, 5, 5], [2]])
-def test_level_histograms_count_digits_first_channel_fastest(levels: list[int]) -> None:
-    size = math.prod(levels)
-    digits = np.stack(np.unravel_index(np.arange(size), levels, order="F"), axis=-1)
-    counts = torch.randint(0, 9, (size,), generator=generator())
-    expected = [np.bincount(digits[:, i], weights=counts.numpy(), minlength=n).tolist() for i, n in enumerate(levels)]
-    assert level_histograms(counts, levels) == expected
-    seen = counts.nonzero().squeeze(1)
-    assert level_histograms(counts[seen], levels, seen) == expected
-    with pytest.raises(ValueError, match="indices"):
-        level_histograms(torch.ones(size + 1), levels)
+@pytest.mark.parametrize("factors", [1, 2])
+@pytest.mark.parametrize("levels", [[3, 5, 4, 2], [8, 5, 5, 5], [2, 3]])
+def test_level_histograms_count_digits_first_channel_fastest(levels: list[int], factors: int) -> None:
+    run = len(levels) // factors
+    runs = [levels[i : i + run] for i in range(0, len(levels), run)]
+    statistics = CodeStatistics([math.prod(part) for part in runs])
+    slots = [torch.randint(0, size, (500,), generator=generator()) for size in statistics.vocab]
+    statistics.update(torch.stack(slots, dim=-1))
+    expected = []
+    for codes, part in zip(slots, runs, strict=True):
+        digits = np.unravel_index(codes.numpy(), part, order="F")
+        expected += [np.bincount(d, minlength=n).tolist() for d, n in zip(digits, part, strict=True)]
+    assert statistics.level_histograms(levels) == expected
+
+
+@pytest.mark.parametrize("levels", [[3, 5], [3, 5, 4, 2], [3, 4, 5], [60, 1], []])
+def test_level_histograms_refuse_levels_of_another_quantizer(levels: list[int]) -> None:
+    statistics = CodeStatistics([15, 4])
+    statistics.update(torch.tensor([[7, 3]]))
+    with pytest.raises(ValueError, match="do not make up"):
+        statistics.level_histograms(levels)
 
 
 def test_entropy_ignores_absent_codes() -> None:

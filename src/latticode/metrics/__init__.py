@@ -1,7 +1,7 @@
 """Metrics: pixels (PSNR, SSIM), codes (usage, perplexity), features (Fréchet distance, precision and recall)."""
 
 from latticode.metrics.classifier import Classifier
-from latticode.metrics.codes import CodeStatistics, entropy_bits, level_histograms
+from latticode.metrics.codes import CodeStatistics, entropy_bits
 from latticode.metrics.features import (
     FeatureNetwork,
     FeatureNetworkError,
@@ -24,6 +24,5 @@ __all__ = [
     "entropy_bits",
     "feature_network",
     "frechet_distance",
-    "level_histograms",
     "precision_recall",
 ]

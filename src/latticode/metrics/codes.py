@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +57,26 @@ class CodeStatistics:
         """The codes seen in `slot` (M,), ascending, and how often (M,); both int64."""
         return self._counts[slot].seen()
 
+    def level_histograms(self, levels: Sequence[int]) -> list[list[int]]:
+        """How often each level of each channel of an FSQ occurs: one list of L_i counts per channel.
+
+        A slot's code is mixed radix over a run of `levels` whose product is its vocabulary, first channel fastest
+        (arXiv 2309.15505, App. A.1). Raises ValueError for levels that do not make up the vocabularies.
+        """
+        histograms: list[list[int]] = []
+        for slot, size in enumerate(self.vocab):
+            values, numbers = self.counts(slot)
+            while size > 1:
+                level = levels[len(histograms)] if len(histograms) < len(levels) else 0
+                if level < 2 or size % level:
+                    raise ValueError(f"levels {list(levels)} do not make up vocabularies of {list(self.vocab)} codes")
+                digits = torch.zeros(level, dtype=torch.int64).index_add_(0, values % level, numbers)
+                histograms.append(digits.tolist())
+                values, size = values // level, size // level
+        if len(histograms) != len(levels):
+            raise ValueError(f"levels {list(levels)} do not make up vocabularies of {list(self.vocab)} codes")
+        return histograms
+
     def compute(self) -> dict[str, Any]:
         """Numbers over everything seen, and the same for each slot under `slots`.
 
@@ -100,28 +119,6 @@ def entropy_bits(counts: Tensor) -> float:
     p = counts[counts > 0].double()
     p = p / p.sum()
     return max(0.0, float(-(p * p.log2()).sum()))
-
-
-def level_histograms(counts: Tensor, levels: Sequence[int], values: Tensor | None = None) -> list[list[int]]:
-    """How often each level of each FSQ channel occurs, as one list of L_i counts per channel.
-
-    `counts` (M,) belong to the indices `values` (M,), or to 0..M-1 if not given. Indices are mixed radix with the first
-    channel fastest (Mentzer et al. 2023, section 3.1): digit i of an index is floor(index / (L_1 ... L_{i-1})) mod L_i.
-    Raises ValueError for an index outside 0..prod(levels)-1.
-    """
-    values = torch.arange(len(counts)) if values is None else values.cpu()
-    counts = counts.cpu().long()
-    if len(values) != len(counts):
-        raise ValueError(f"expected one count per index, got {len(counts)} counts of {len(values)} indices")
-    size = math.prod(levels)
-    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
-        raise ValueError(f"levels {list(levels)} make {size} indices, got {int(values.min())} to {int(values.max())}")
-    histograms = []
-    for level in levels:
-        digits = values % level
-        histograms.append(torch.zeros(level, dtype=torch.int64).index_add_(0, digits, counts).tolist())
-        values = values // level
-    return histograms
 
 
 class _Dense:
