@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from latticode import registry
+from latticode.quantizers import Quantizer
 
 WORLD = 2
 STEPS = 3
@@ -22,6 +23,9 @@ SPECS: list[dict[str, Any]] = [
     {"type": "vq", "size": 16, "dim": 3, "decay": 0.5, "restart": 0.9, "normalize": True},
     {"type": "vq", "size": 16, "dim": 3, "decay": 0.5, "restart": 0.9, "update": "gradient"},
     {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "restart": 0.5},  # more codes than tokens
+    {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "online": True},
+    {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "online": True, "normalize": True, "entropy": 0.5},
+    {"type": "vq", "size": 16, "dim": 3, "decay": 0.5, "update": "gradient", "affine": True, "entropy": 0.5},
 ]
 
 
@@ -34,7 +38,7 @@ def batch(step: int) -> Tensor:
 
 
 def train(rank: int | None) -> list[dict[str, Tensor]]:
-    """State and codes of each spec after `STEPS` steps, on the tokens of `rank`, or on all for None."""
+    """Of each spec after `STEPS` steps, on the tokens of `rank` or on all for None: state, codes, losses, gradients."""
     rows = slice(None) if rank is None else slice(ROWS[0] * rank, ROWS[0] + ROWS[1] * rank)
     results = []
     for spec in SPECS:
@@ -42,11 +46,19 @@ def train(rank: int | None) -> list[dict[str, Tensor]]:
         quantizer = registry.build(spec)
         torch.manual_seed(100 * (rank or 0))  # the draws of rank 0 must win
         start = quantizer.embedding.weight.detach().clone()
-        codes = torch.stack([quantizer(batch(step)[rows]).codes for step in range(STEPS)])
+        codes, losses, gradients = zip(*(one_step(quantizer, batch(step)[rows]) for step in range(STEPS)), strict=True)
         empty = quantizer(torch.zeros(0, 3)[: 5 * (rank or 0)])  # a step without tokens on any rank
         assert len(empty.codes) == 0
-        results.append({**quantizer.state_dict(), "codes": codes, "start": start})
+        history = {"codes": torch.stack(codes), "losses": torch.stack(losses), "gradients": torch.stack(gradients)}
+        results.append({**quantizer.state_dict(), **history, "start": start})
     return results
+
+
+def one_step(quantizer: Quantizer, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (N, K), losses (L,) and the gradient (N, D) of their sum."""
+    out = quantizer(tokens.requires_grad_())
+    losses = torch.stack(list(out.losses.values()))
+    return out.codes, losses.detach(), torch.autograd.grad(losses.sum(), tokens)[0]
 
 
 def _worker(rank: int, folder: str) -> None:
@@ -66,6 +78,10 @@ def test_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for spec, single, first, second in zip(SPECS, train(None), *ranks, strict=True):
         assert not torch.equal(single["embedding.weight"], single["start"]), spec
         assert torch.equal(torch.cat([first["codes"], second["codes"]], dim=1), single["codes"]), spec
+        assert torch.equal(first["losses"], second["losses"]), spec
+        torch.testing.assert_close(first["losses"], single["losses"])
+        gradients = torch.cat([first["gradients"], second["gradients"]], dim=1) / WORLD  # as training averages them
+        torch.testing.assert_close(gradients, single["gradients"], atol=1e-6, rtol=1e-4)
         for key in single:
             if key.startswith("embedding."):
                 assert torch.equal(first[key], second[key]), (spec, key)

@@ -1,15 +1,18 @@
-"""What is particular to VQ: its losses, the statistics of its codebook, k-means and restarts."""
+"""What is particular to VQ and SimVQ: losses, the statistics of a codebook, k-means, restarts, online clustering."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.quantizers import VQ
-from latticode.quantizers.codebook import EPS, draw, kmeans
-from latticode.quantizers.gradients import straight_through
+from latticode.quantizers import VQ, codebook
+from latticode.quantizers.base import accumulating
+from latticode.quantizers.codebook import EPS, cluster, draw, kmeans
+from latticode.quantizers.vq import SimVQ
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +25,6 @@ def blobs(per_blob: int, spread: float = 0.01, offset: float = 0.0) -> tuple[Ten
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3) + offset
     tokens = corners.repeat_interleave(per_blob, dim=0)
     return tokens + spread * torch.randn_like(tokens), corners
-
-
-def test_straight_through_is_exact_and_passes_the_gradient():
-    z, q = (1000 * torch.randn(50, 4)).requires_grad_(), 1e-3 * torch.randn(50, 4)
-    out = straight_through(z, q)
-    assert torch.equal(out, q)
-    upstream = torch.randn(50, 4)
-    (gradient,) = torch.autograd.grad(out, z, upstream)
-    assert torch.equal(gradient, upstream)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -241,6 +235,234 @@ def test_draw_is_distinct_and_repeatable():
     assert draw(tokens[:0], 30).shape == (0, 2)
 
 
+def shares(x: Tensor, vectors: Tensor, temperature: float) -> Tensor:
+    """softmax(-|x - c|^2 / temperature) over codes (N, K), in float64 without any trick."""
+    return (-(x.double()[:, None] - vectors.double()).square().sum(dim=-1) / temperature).softmax(dim=-1)
+
+
+def entropy(p: Tensor) -> Tensor:
+    return -(p * p.log()).sum(dim=-1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_entropy_losses_are_the_regulariser_of_maskgit(normalize: bool, training: bool):
+    quantizer = VQ(12, 4, update="gradient", normalize=normalize, kmeans=False, restart=0.0, entropy=0.7)
+    quantizer.train(training)
+    z = torch.randn(2, 15, 4, requires_grad=True)
+    mask = torch.rand(2, 15) < 0.7
+    losses = quantizer(z, mask).losses
+    unit = (lambda x: F.normalize(x, dim=-1)) if normalize else (lambda x: x)
+    p = shares(unit(z[mask]), unit(quantizer.embedding.weight), 0.7)
+    expected = {"sample_entropy": entropy(p).mean(), "diversity": math.log(12) - entropy(p.mean(dim=0))}
+    assert list(losses) == ["commitment", "codebook", *expected]
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value.float())
+        inputs = (z, quantizer.embedding.weight)
+        ours = torch.autograd.grad(losses[name], inputs, retain_graph=True)
+        torch.testing.assert_close(ours, torch.autograd.grad(value, inputs, retain_graph=True), atol=1e-6, rtol=1e-4)
+
+
+def test_the_entropy_losses_are_of_the_codebook_before_the_averages_move():
+    quantizer = VQ(12, 4, kmeans=False, restart=0.0, entropy=0.7, decay=0.0)
+    before = quantizer.embedding.weight.clone()
+    z = torch.randn(30, 4, requires_grad=True)
+    loss = quantizer(z).losses["sample_entropy"]
+    assert not torch.equal(quantizer.embedding.weight, before)
+    (expected,) = torch.autograd.grad(entropy(shares(z, before, 0.7)).mean(), z)
+    torch.testing.assert_close(torch.autograd.grad(loss, z)[0], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_entropy_losses_are_zero_for_sure_tokens_on_all_codes():
+    quantizer = VQ(8, 3, kmeans=False, restart=0.0, entropy=1e-3).eval()
+    losses = quantizer(quantizer.embedding.weight * (1 + 1e-6)).losses
+    assert losses["sample_entropy"] < 1e-3
+    assert 0 <= losses["diversity"] < 1e-3
+    losses = quantizer(quantizer.embedding.weight[:1]).losses
+    assert losses["diversity"] == pytest.approx(math.log(8), abs=1e-3)
+
+
+def test_diversity_alone_spreads_the_tokens_over_the_codes():
+    quantizer = VQ(8, 2, kmeans=False, restart=0.0, decay=0.0, entropy=1.0).eval()
+    z = (0.1 * torch.randn(64, 2)).requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=0.1)
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        losses.append(quantizer(z).losses["diversity"])
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_affine_codes_are_scaled_and_shifted_alike():
+    quantizer = VQ(5, 3, update="gradient", affine=True, kmeans=False)
+    plain = quantizer.embedding.weight.detach().clone()
+    assert torch.equal(quantizer.vectors(), plain)
+    with torch.no_grad():
+        quantizer.log_scale.copy_(torch.tensor([0.0, 1.0, -1.0]))
+        quantizer.shift.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    expected = plain * torch.tensor([1.0, math.e, 1 / math.e]) + torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(quantizer.vectors().detach(), expected)
+    torch.testing.assert_close(quantizer.decode(torch.tensor([[4]]))[0], expected[4])
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_affine_moves_codes_that_no_token_chose(affine: bool):
+    quantizer = VQ(4, 3, update="gradient", affine=affine, kmeans=False, restart=0.0)
+    with torch.no_grad():
+        quantizer.embedding.weight[3] = 50.0
+    before = quantizer.vectors().detach()
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    out = quantizer(torch.randn(64, 3) + 1)
+    assert 3 not in out.codes
+    out.losses["codebook"].backward()
+    optimizer.step()
+    assert bool((quantizer.vectors()[3] != before[3]).all()) == affine
+
+
+@pytest.mark.parametrize("kmeans", [False, True])
+def test_affine_codes_revive_where_the_tokens_are(kmeans: bool):
+    quantizer = VQ(6, 3, update="gradient", affine=True, kmeans=kmeans, restart=0.5)
+    with torch.no_grad():
+        quantizer.log_scale.fill_(1.5)
+        quantizer.shift.fill_(4.0)
+        quantizer.embedding.count[2] = 0.0
+    tokens = torch.randn(6, 3)
+    quantizer(tokens)
+    revived = quantizer.vectors().detach()[slice(None) if kmeans else slice(2, 3)]
+    assert torch.cdist(revived, tokens).amin(dim=1).max() < 1e-4
+
+
+def test_sync_lets_the_gradient_of_the_latents_reach_the_codes():
+    z, upstream = torch.randn(20, 3), torch.randn(20, 3)
+    quantizer = VQ(6, 3, update="gradient", sync=0.5, kmeans=False, restart=0.0)
+    out = quantizer(z.requires_grad_())
+    assert torch.equal(out.latents, quantizer.decode(out.codes))
+    to_z, to_codes = torch.autograd.grad(out.latents, (z, quantizer.embedding.weight), upstream)
+    assert torch.equal(to_z, upstream)
+    torch.testing.assert_close(to_codes, torch.zeros(6, 3).index_add_(0, out.codes[:, 0], 0.5 * upstream))
+
+
+def test_clustering_draws_rare_codes_to_tokens_and_leaves_the_others():
+    """a = exp(-10 N K / (1 - decay) - 1e-3), with N the share of tokens."""
+    vectors, token = torch.randn(5, 3), torch.randn(1, 3)
+    share = torch.tensor([0.6, 0.3999, 0.0, 0.0001, 0.00000001], dtype=torch.float64)
+    rows, moved = cluster(token, vectors, 40 * share, 0.9)
+    assert rows.tolist() == [2, 3, 4]
+    pull = torch.exp(-10 * 5 / 0.1 * share[2:] - 1e-3).float()[:, None]
+    torch.testing.assert_close(moved, (1 - pull) * vectors[2:] + pull * token)
+    assert len(cluster(token[:0], vectors, share, 0.9)[0]) == 0
+    assert len(cluster(token, vectors, torch.ones(5), 0.9)[0]) == 0
+
+
+@pytest.mark.parametrize("offset", [0.0, 5000.0])
+def test_anchors_are_drawn_by_their_distance(offset: float, monkeypatch: pytest.MonkeyPatch):
+    tokens = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.5], [9.0, 9.0]]) + offset
+    vectors, uniform = torch.tensor([[0.3, 0.2], [0.9, 1.2]]) + offset, torch.rand(40_000, dtype=torch.float64)
+    anchors = codebook._anchors(tokens, vectors.repeat(20_000, 1), uniform)
+    frequency = (anchors.view(-1, 2, 1, 2) == tokens).all(dim=-1).double().mean(dim=0)
+    torch.testing.assert_close(frequency, shares(vectors, tokens, 1.0), atol=0.01, rtol=0)
+    monkeypatch.setattr(codebook, "ANCHOR_TILE", 1000)
+    assert torch.equal(codebook._anchors(tokens, vectors.repeat(20_000, 1), uniform), anchors)
+
+
+def test_tokens_whose_square_is_not_finite_are_anchors_like_others():
+    huge, uniform = 1e30 * torch.eye(2), torch.rand(100, dtype=torch.float64)
+    assert len(codebook._anchors(huge, torch.randn(100, 2), uniform).unique(dim=0)) == 2
+    assert (codebook._anchors(torch.cat([huge, torch.ones(1, 2)]), torch.randn(100, 2), uniform) == 1).all()
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_online_clustering_uses_more_codes(update: str, normalize: bool):
+    """Tokens far from where the codes start: without it most codes never win one."""
+
+    def used(online: bool) -> int:
+        torch.manual_seed(0)
+        options = {"update": update, "normalize": normalize, "kmeans": False, "restart": 0.0}
+        quantizer = VQ(32, 3, decay=0.8, online=online, **options)
+        codes = [quantizer(0.3 * blobs(20, spread=0.3, offset=3.0)[0]).codes for _ in range(60)]
+        return len(codes[-1].unique())
+
+    assert used(False) < 8
+    assert used(True) > 20
+
+
+def test_online_codes_keep_statistics_of_their_place():
+    quantizer = VQ(8, 3, kmeans=False, decay=0.9, online=True)
+    book = quantizer.embedding
+    book.count[3:] = 1e-5
+    still = book.weight[:3].clone()
+    book.upkeep(torch.randn(30, 3), torch.ones(30, dtype=torch.bool))
+    assert torch.equal(book.weight[:3], still)
+    torch.testing.assert_close(book.total[3:], book.weight[3:] * 1e-5)
+    assert (book.count[3:] == 1e-5).all()
+
+
+def test_only_the_first_of_accumulated_batches_moves_codes():
+    quantizer = VQ(8, 3, kmeans=False, decay=0.9, online=True)
+    quantizer.embedding.count[3:] = 0.0
+    with accumulating(quantizer):
+        quantizer(torch.randn(30, 3))
+        after_first = quantizer.embedding.weight.clone()
+        quantizer(torch.randn(30, 3))
+        assert torch.equal(quantizer.embedding.weight, after_first)
+    assert not torch.equal(quantizer.embedding.weight, after_first)
+
+
+def test_simvq_is_its_formula_and_learns_its_matrix_only():
+    quantizer = SimVQ(20, 4, entropy=0.5)
+    z = torch.randn(30, 4, requires_grad=True)
+    out = quantizer(z)
+    codes = quantizer.frozen @ quantizer.transform.weight.t()
+    q = codes[torch.cdist(z, codes).argmin(dim=1)]
+    expected = {"commitment": F.mse_loss(z, q.detach()), "codebook": F.mse_loss(q, z.detach())}
+    torch.testing.assert_close(out.latents, q)
+    for name, value in expected.items():
+        torch.testing.assert_close(out.losses[name], value)
+    p = shares(z, codes, 0.5)
+    torch.testing.assert_close(out.losses["sample_entropy"], entropy(p).mean().float())
+    assert [name for name, _ in quantizer.named_parameters()] == ["transform.weight"]
+    assert list(quantizer.state_dict()) == ["frozen", "transform.weight"]
+    for name, at_z in (("commitment", True), ("codebook", False)):
+        inputs = (z, quantizer.transform.weight)
+        ours = torch.autograd.grad(out.losses[name], inputs, retain_graph=True, allow_unused=True)
+        theirs = torch.autograd.grad(expected[name], inputs, retain_graph=True, allow_unused=True)
+        assert [g is not None for g in ours] == [at_z, not at_z]
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_one_step_of_simvq_moves_every_code():
+    quantizer = SimVQ(1000, 4)
+    before = quantizer.vectors().detach()
+    quantizer(torch.randn(3, 4)).losses["codebook"].backward()
+    torch.optim.SGD(quantizer.parameters(), lr=0.1).step()
+    assert (quantizer.vectors() != before).any(dim=1).all()
+
+
+def test_simvq_decodes_any_subset_bit_for_bit():
+    quantizer = SimVQ(513, 24).eval()
+    out = quantizer(torch.randn(100, 24))
+    assert all(torch.equal(quantizer.decode(out.codes[i : i + 1]), out.latents[i : i + 1]) for i in range(100))
+
+
+def test_simvq_starts_at_the_published_scale():
+    assert SimVQ(2000, 64).frozen.std() == pytest.approx(1 / 8, rel=0.01)
+
+
+def test_simvq_descends():
+    quantizer = SimVQ(64, 3)
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.02)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses.append(quantizer(blobs(10)[0]).losses["codebook"])
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -249,8 +471,25 @@ def test_draw_is_distinct_and_repeatable():
         ({"size": 4, "dim": 2, "update": "sgd"}, "ema, gradient, got 'sgd'"),
         ({"size": 4, "dim": 2, "decay": 1.0}, "got 1.0"),
         ({"size": 4, "dim": 2, "restart": 1.0}, "fraction of the mean count .* got 1.0"),
+        ({"size": 4, "dim": 2, "gradient": "ste"}, "straight-through, rotation, diveq, got 'ste'"),
+        ({"size": 4, "dim": 2, "gradient": "diveq"}, "gradient='diveq' .* update='gradient', got 'ema'"),
+        ({"size": 4, "dim": 2, "sync": 0.1}, "sync=0.1 .* update='gradient', got 'ema'"),
+        ({"size": 4, "dim": 2, "sync": -1.0, "update": "gradient"}, "got -1.0"),
+        ({"size": 4, "dim": 2, "affine": True}, "affine .* update='gradient', got 'ema'"),
+        ({"size": 4, "dim": 2, "affine": True, "update": "gradient", "normalize": True}, "choose one"),
+        ({"size": 4, "dim": 2, "entropy": 0.0}, "temperature .* got 0.0"),
     ],
 )
 def test_refuses_bad_arguments(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         VQ(**arguments)
+
+
+def test_simvq_refuses_bad_arguments():
+    for arguments in (
+        {"size": 0, "dim": 2},
+        {"size": 2, "dim": 2, "gradient": "none"},
+        {"size": 2, "dim": 2, "entropy": -1},
+    ):
+        with pytest.raises(ValueError, match="got"):
+            SimVQ(**arguments)

@@ -2,44 +2,77 @@
 
 |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), so the nearest code has the greatest score x.c - |c|^2 / 2. Three passes:
 
-1. The scores of a tile are one matrix product; of each block of `BLOCK` codes only the greatest is kept, with an amax,
-   because an argmax costs about five times as much on a CPU.
-2. The two best blocks of each token are scored again, which names their `FINALISTS` best codes.
-3. The finalists are compared in float64. So the answer is the exact one where float32 cannot order two close codes,
-   and does not depend on how a matrix product is split for a given number of tokens.
+1. The scores of a tile are one matrix product; of each block of 8 to 64 codes only the greatest is kept, with an amax,
+   because an argmax costs about five times as much on a CPU. Codes run down the tile and tokens across it, since an
+   amax over rows is vectorised.
+2. The blocks whose best score is within rounding error of the token's best are scored again, which names codes.
+3. The codes within rounding error of the best are compared in float64, by their distances.
+
+Pass 2 and 3 keep all that a rigorous bound on the rounding error (`margin`) cannot exclude: about one block and one
+code per token. So the answer is that of float64. Tokens with more than `CROWD` such blocks (codes that are equal, or
+lie in clusters far apart for their width), or with none (overflow), are few in practice and searched in float64 alone.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-BLOCK = 32  # codes of which pass 1 remembers only the best
-FINALISTS = 4  # codes that pass 3 compares
-CPU_TILE = (128, 4096)  # tokens x codes: 2 MiB of scores, which stay in a core's cache
+BLOCKS = (8, 16, 32, 64)  # codes of which pass 1 remembers only the best
+CROWD = 16  # blocks of one token that pass 2 looks into
+CPU_TILE = (512, 1024)  # tokens x codes: 2 MiB of scores, which stay in a core's cache
 GPU_TILE = (8192, 8192)  # 256 MiB: enough work for one launch
 
 
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
-    """For each row of `x` (N, d) the row of `codebook` (K, d) at the least Euclidean distance: (N,) int64.
+    """For each row of `x` (N, d) the row of `codebook` (K, d) at the least Euclidean distance: (N,) int64."""
+    double = torch.float64 in (x.dtype, codebook.dtype)
+    if x.is_cuda and not double and _has_triton():
+        from latticode.kernels import nearest_triton
+
+        return nearest_triton.nearest_code(x, codebook)
+    return tiled(x, codebook)
+
+
+def traced(x: Tensor, codebook: Tensor) -> Tensor:
+    """The same in three operators that every exporter and runtime knows; the N x K scores exist."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    centre = codebook.to(dtype).mean(dim=0)
+    codes = codebook.to(dtype) - centre
+    return torch.addmm(codes.square().sum(dim=1) / -2, x.to(dtype) - centre, codes.t()).argmax(dim=1)
+
+
+def tiled(x: Tensor, codebook: Tensor) -> Tensor:
+    """The three passes of this module, in PyTorch on any device.
 
     Half precision is computed in float32. Both sides are shifted by the mean of the codebook first: a common offset of
     1000 would otherwise leave the scores no digit to tell codes apart.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     centre = codebook.to(dtype).mean(dim=0)
-    codes = codebook.to(dtype) - centre
-    vectors, offsets = _padded(codes)
+    vectors, offsets = _padded(codebook.to(dtype) - centre)
+    reach = vectors.norm(dim=-1).amax()
     rows, width = CPU_TILE if x.device.type == "cpu" else GPU_TILE
-    nearest = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    pieces = max(1, rows * width // vectors[0].numel())  # blocks gathered at once: no more numbers than one tile
+    nearest = torch.full((len(x),), -1, device=x.device)
     with _full_float32():
         for start in range(0, len(x), rows):
-            tile = x[start : start + rows].to(dtype) - centre
-            blocks = _best_blocks(tile, vectors, offsets, width)
-            nearest[start : start + rows] = _decide(tile, codes, _finalists(tile, vectors, offsets, blocks))
+            tile = x[start : start + rows]
+            centred = tile.to(dtype) - centre
+            best = _best_of_blocks(centred, vectors, offsets, width)
+            top = best.amax(dim=0)
+            least = top - margin(centred, top, reach)
+            pairs = _near_blocks(best, least)
+            hits = [_near_codes(centred, vectors, offsets, least, part) for part in pairs.split(pieces)]
+            nearest[start : start + rows] = _decide(tile, codebook, torch.cat(hits), pieces * vectors.shape[1])
+    left = (nearest < 0).nonzero().squeeze(1)
+    for part in left.split(rows):
+        nearest[part] = _search_exactly(x[part], codebook, centre, width)
     return nearest
 
 
@@ -66,42 +99,103 @@ def _full_float32() -> Iterator[None]:
 
 
 def _padded(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """`codes` (K, d) padded to whole blocks (P, d), and -|c|^2 / 2 (P,), which is -inf for padding: it never wins."""
+    """`codes` (K, d) in blocks (b, B, d), and -|c|^2 / 2 (b, B), which is -inf for padding: it never wins.
+
+    Per token pass 1 leaves K / B numbers to compare and pass 2 gathers B d, so the best B grows with sqrt(K / d).
+    """
     size, dim = codes.shape
-    total = -(-size // BLOCK) * BLOCK
-    vectors, offsets = codes.new_zeros(total, dim), codes.new_full((total,), -torch.inf)
-    vectors[:size] = codes
-    offsets[:size] = codes.square().sum(dim=1) / -2
+    block = max([BLOCKS[0], *(b for b in BLOCKS if b * b * dim <= size)])
+    vectors = codes.new_zeros(-(-size // block), block, dim)
+    offsets = codes.new_full(vectors.shape[:2], -torch.inf)
+    vectors.view(-1, dim)[:size] = codes
+    offsets.view(-1)[:size] = codes.square().sum(dim=1) / -2
     return vectors, offsets
 
 
-def _best_blocks(x: Tensor, vectors: Tensor, offsets: Tensor, width: int) -> Tensor:
-    """Of each row of `x` (n, d), the two blocks with the greatest scores: (n, 2), or (n, 1) if there is one block."""
-    total = len(offsets)
-    best = x.new_empty(len(x), total // BLOCK)
-    scores = x.new_empty(len(x) * min(width, total))
-    for start in range(0, total, width):
-        stop = min(start + width, total)
-        tile = scores[: len(x) * (stop - start)].view(len(x), stop - start)
-        torch.addmm(offsets[start:stop], x, vectors[start:stop].t(), out=tile)
-        best[:, start // BLOCK : stop // BLOCK] = tile.view(len(x), -1, BLOCK).amax(dim=-1)
-    return best.topk(min(2, best.shape[1]), dim=1).indices
+def _best_of_blocks(x: Tensor, vectors: Tensor, offsets: Tensor, width: int) -> Tensor:
+    """The greatest score in each block of `vectors` (b, B, d) for each row of `x` (n, d): (b, n)."""
+    (count, block, dim), n = vectors.shape, len(x)
+    step = width // block
+    best = x.new_empty(count, n)
+    scores = x.new_empty(min(step, count), block, n)
+    for start in range(0, count, step):
+        some = slice(start, start + step)
+        tile = scores[: len(vectors[some])]
+        torch.addmm(offsets[some].reshape(-1, 1), vectors[some].view(-1, dim), x.t(), out=tile.view(-1, n))
+        torch.amax(tile, dim=1, out=best[some])
+    return best
 
 
-def _finalists(x: Tensor, vectors: Tensor, offsets: Tensor, blocks: Tensor) -> Tensor:
-    """Of each row of `x` (n, d), the codes with the greatest scores among its `blocks` (n, b): (n, f), ascending."""
-    n, dim = x.shape
+def margin(x: Tensor, top: Tensor, reach: Tensor) -> Tensor:
+    """How far below the best computed score `top` (n,) the nearest code's own may lie, for rows of `x` (n, d): (n,).
+
+    A dot product of length d computed in any order is off by at most d u / (1 - d u) times the sum of its absolute
+    terms (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5), here |x| r + r^2 / 2 for a code of length
+    r; a few u more come from centring, and d u r^2 / 2 from |c|^2 / 2. With eps = 2 u, two such errors together stay
+    below (d + 8) eps (|x| r + r^2).
+
+    The length r of neither code need be known: both are within |x| + |x - c| of the centre, where the distance of the
+    best is sqrt(|x|^2 - 2 top), or `reach`, the longest of all. A quarter more covers the rounding of this function up
+    to d = 65536. Underflow adds less than the smallest normal number per operation.
+    """
+    kind = torch.finfo(x.dtype)
+    norm = x.norm(dim=1)
+    r = 1.25 * torch.minimum(norm + (norm.square() - 2 * top).clamp(min=0).sqrt(), reach)
+    return (x.shape[1] + 8) * (kind.eps * (norm * r + r.square()) + 8 * kind.tiny)
+
+
+def _near_blocks(best: Tensor, least: Tensor) -> Tensor:
+    """The pairs (p, 2) of block and token where `best` (b, n) reaches `least` (n,), without crowded tokens."""
+    near = best >= least
+    pairs = near.nonzero()
+    if len(pairs) > best.shape[1]:
+        pairs = (near & (near.sum(dim=0) <= CROWD)).nonzero()
+    return pairs
+
+
+def _near_codes(x: Tensor, vectors: Tensor, offsets: Tensor, least: Tensor, pairs: Tensor) -> Tensor:
+    """The pairs (h, 2) of token and code with a score of `least` (n,) or more, in the blocks of `pairs` (p, 2)."""
+    blocks, tokens = pairs.unbind(dim=1)
     # Whole blocks are gathered, so that each copy is one contiguous run.
-    near = vectors.view(-1, BLOCK * dim).index_select(0, blocks.flatten()).view(n, -1, dim)
-    scores = (near * x[:, None]).sum(dim=-1) + offsets.view(-1, BLOCK)[blocks].flatten(1)
-    places = scores.topk(FINALISTS, dim=1).indices
-    return (blocks.gather(1, places // BLOCK) * BLOCK + places % BLOCK).sort(dim=1).values
+    scores = torch.baddbmm(offsets[blocks, :, None], vectors.index_select(0, blocks), x[tokens, :, None]).squeeze(2)
+    pair, place = (scores >= least[tokens, None]).nonzero().unbind(dim=1)
+    return torch.stack([tokens[pair], blocks[pair] * vectors.shape[1] + place], dim=1)
 
 
-def _decide(x: Tensor, codes: Tensor, finalists: Tensor) -> Tensor:
-    """Of each row of `x` (n, d), the nearest of its `finalists` (n, f) in float64, the first of equals: (n,)."""
-    exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    finalists = finalists.clamp(max=len(codes) - 1)  # padding, if it came this far, stands for the last code again
-    near = codes.index_select(0, finalists.flatten()).view(*finalists.shape, -1).to(exact)
-    scores = (near * (x.to(exact)[:, None] - near / 2)).sum(dim=-1)  # x.c - |c|^2 / 2
-    return finalists.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+def _decide(x: Tensor, codebook: Tensor, hits: Tensor, at_once: int) -> Tensor:
+    """Of each row of `x` (n, d), the nearest of its codes in `hits` (h, 2), the first of equals, or -1 without any."""
+    size = len(codebook)
+    exact = _exact(x)
+    tokens, codes = hits.unbind(dim=1)
+    distances = torch.cat(
+        [
+            (x[token].to(exact) - codebook[code].to(exact)).square().sum(dim=1)
+            for token, code in zip(tokens.split(at_once), codes.split(at_once), strict=True)
+        ]
+    )
+    least = distances.new_full((len(x),), torch.inf).scatter_reduce(0, tokens, distances, "amin")
+    codes = codes.where(distances == least[tokens], size)
+    nearest = codes.new_full((len(x),), size).scatter_reduce(0, tokens, codes, "amin")
+    return nearest.where(nearest < size, -1)
+
+
+def _search_exactly(x: Tensor, codebook: Tensor, centre: Tensor, width: int) -> Tensor:
+    """`nearest_code` of a few rows `x` (n, d) with scores in float64: (n,)."""
+    exact = _exact(x)
+    x = x.to(exact) - centre.to(exact)
+    best, nearest = x.new_full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    for start in range(0, len(codebook), width):
+        codes = codebook[start : start + width].to(exact) - centre.to(exact)
+        score, code = torch.addmm(codes.square().sum(dim=1) / -2, x, codes.t()).max(dim=1)
+        nearest = torch.where(score > best, code + start, nearest)
+        best = torch.maximum(best, score)
+    return nearest
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64

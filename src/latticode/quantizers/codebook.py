@@ -1,4 +1,4 @@
-"""The vectors of a learned codebook and what keeps them alive: k-means start, EMA statistics, restart of dead codes.
+"""The vectors of a learned codebook and what keeps them alive: k-means start, EMA statistics, restart, clustering.
 
 Every function sees the tokens of its own rank and gives the result of one process on the tokens of all ranks in rank
 order. All ranks must call it, those without tokens too. Only finite tokens may be passed.
@@ -16,6 +16,7 @@ from latticode.kernels import nearest_code
 LLOYD_STEPS = 10
 EPS = 1e-5  # of the Laplace smoothing
 JITTER = 1e-3  # of the data's standard deviation, between copies of one token
+ANCHOR_TILE = 2**20  # code-token pairs compared at once
 
 
 class Codebook(nn.Module):
@@ -29,6 +30,7 @@ class Codebook(nn.Module):
         decay: of both averages, per step.
         kmeans: start from k-means over the first tokens; else from N(0, 1).
         restart: a code whose count is below this fraction of the mean count becomes a random token; 0 = never.
+        online: draw codes to tokens the more, the less they are used, in place of restarts (see `cluster`).
     """
 
     weight: Tensor  # (K, D)
@@ -36,9 +38,20 @@ class Codebook(nn.Module):
     total: Tensor  # (K, D), the sum of these tokens
     initialized: Tensor  # () bool
 
-    def __init__(self, size: int, dim: int, *, learned: bool, unit: bool, decay: float, kmeans: bool, restart: float):
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        learned: bool,
+        unit: bool,
+        decay: float,
+        kmeans: bool,
+        restart: float,
+        online: bool = False,
+    ):
         super().__init__()
-        self.unit, self.decay, self.kmeans, self.restart = unit, decay, kmeans, restart
+        self.unit, self.decay, self.kmeans, self.restart, self.online = unit, decay, kmeans, restart, online
         weight = _unit(torch.randn(size, dim)) if unit else torch.randn(size, dim)
         if learned:
             self.weight = nn.Parameter(weight)
@@ -56,12 +69,12 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def upkeep(self, tokens: Tensor, keep: Tensor) -> None:
-        """Initialize the vectors from those of `tokens` (..., D) that `keep` (...), or restart the dead ones from them.
+        """Initialize the vectors from those of `tokens` (..., D) that `keep` (...), or revive the dead ones from them.
 
         To be called before the tokens are quantized, so that their codes decode to their latents.
         """
         # Within one accumulated batch only the first part may change a code.
-        if (self.kmeans or self.restart > 0) and not self._held:
+        if (self.kmeans or self.restart > 0 or self.online) and not self._held:
             _upkeep(
                 tokens.detach().reshape(-1, tokens.shape[-1]),
                 keep.reshape(-1),
@@ -71,6 +84,7 @@ class Codebook(nn.Module):
                 self.initialized,
                 self.unit,
                 self.restart,
+                self.decay if self.online else None,
             )
 
     @torch.no_grad()
@@ -129,24 +143,30 @@ def _upkeep(
     initialized: Tensor,
     unit: bool,
     restart: float,
+    online: float | None,
 ) -> None:
-    """An operator of its own, since it decides by the data: torch.compile need not look inside."""
+    """An operator of its own, since it decides by the data: torch.compile need not look inside.
+
+    `online` is the decay of the counts if codes are clustered online, else None.
+    """
     tokens = tokens[keep]
-    mean = count.mean()
     if not initialized:
         vectors, fresh = kmeans(tokens, len(weight), unit=unit)
         if not fresh.any():
             return
         rows = torch.arange(len(weight), device=weight.device)
         initialized.fill_(True)
+    elif online is not None:
+        rows, vectors = cluster(tokens, weight.to(tokens), count, online)
+        fresh = count[rows]
     else:
+        mean = count.mean()
         rows = (count < restart * mean).nonzero().squeeze(1)
         vectors = draw(tokens, len(rows)) if len(rows) else tokens[:0]
-        if not len(vectors):
-            return
-        vectors = _unit(vectors) if unit else vectors
+        rows = rows[: len(vectors)]
         # Left as they were, the averages would move the vector back to where it died.
         fresh = mean.expand(len(rows))
+    vectors = _unit(vectors) if unit else vectors
     weight[rows] = vectors.to(weight)
     count[rows] = fresh.to(count)
     total[rows] = (vectors * fresh[:, None]).to(total)
@@ -190,6 +210,61 @@ def draw(tokens: Tensor, size: int) -> Tensor:
     rows = distributed.all_sum([rows])[0]
     rows[n:] += noise * moments
     return rows
+
+
+def cluster(tokens: Tensor, vectors: Tensor, count: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """The codes (r,) that are used too little, and where among `tokens` of all ranks to move them: (r, D).
+
+    c_k <- (1 - a_k) c_k + a_k t_k with a_k = exp(-10 N_k K / (1 - decay) - 1e-3), N_k the share of tokens that chose
+    code k, on running average: close to 1 for a code that is hardly chosen, 0 for one of average use (online clustered
+    codebook, arXiv 2307.15139). The anchor t_k is one random token of the batch, drawn with probability
+    softmax over tokens of -|t - c_k|^2 (the "probrandom" choice of the authors' code). So it depends on the scale of
+    the latents how close an anchor is. Codes that float32 would not see moving are left out. Without tokens none moves.
+
+    Draws from torch's global CPU generator; the draw of rank 0 counts.
+    """
+    share = count.double() / count.double().sum()
+    pull = torch.exp(-10 * len(count) / (1 - decay) * share - 1e-3)
+    rows = (pull > torch.finfo(torch.float32).eps).nonzero().squeeze(1)
+    if len(rows) == 0 or _census(tokens)[1] == 0:
+        return rows[:0], vectors[:0]
+    uniform = distributed.broadcast(torch.rand(len(rows), dtype=torch.float64).to(tokens.device))
+    anchors = _anchors(tokens, vectors[rows], uniform)
+    return rows, torch.lerp(vectors[rows], anchors, pull[rows, None].to(anchors))
+
+
+def _anchors(tokens: Tensor, vectors: Tensor, uniform: Tensor) -> Tensor:
+    """For each row c of `vectors` (r, D) a token t of all ranks, of probability softmax(-|t - c|^2): (r, D).
+
+    The one at which the cumulative probability, in rank order, passes `uniform` (r,) in [0, 1).
+    """
+    middle = vectors.mean(dim=0)
+    x, centres = (tokens - middle).clamp(-1e15, 1e15), vectors - middle  # so that squares stay finite
+    offsets = -x.square().sum(dim=1)
+
+    def closeness(tile: Tensor) -> Tensor:
+        """-|t - c|^2 but for a constant of each code, (tile, n)."""
+        return torch.addmm(offsets, centres[tile], x.t(), alpha=2)
+
+    tiles = torch.arange(len(vectors), device=x.device).split(max(ANCHOR_TILE // max(len(x), 1), 1))
+    rank, ranks = distributed.rank(), distributed.world_size()
+    mass = x.new_zeros(ranks, len(vectors))  # log of the sum over each rank's tokens
+    if ranks > 1:
+        for tile in tiles:
+            mass[rank, tile] = closeness(tile).logsumexp(dim=1)
+        (mass,) = distributed.all_sum([mass])
+    passed = mass.double().softmax(dim=0).cumsum(dim=0)
+    passed = F.pad(passed / passed[-1], (0, 0, 1, 0))  # (ranks + 1, r), from 0 to exactly 1
+    owner = (passed[1:] <= uniform).sum(dim=0)
+    anchors = torch.zeros_like(vectors)
+    for tile in tiles:
+        tile = tile[owner[tile] == rank]
+        if len(tile):
+            low, high = passed[rank, tile], passed[rank + 1, tile]
+            left = ((uniform[tile] - low) / (high - low)).to(x)[:, None]
+            inside = closeness(tile).softmax(dim=1).cumsum(dim=1)
+            anchors[tile] = tokens[torch.searchsorted(inside, left, right=True).squeeze(1).clamp(max=len(x) - 1)]
+    return distributed.all_sum([anchors])[0]
 
 
 def _census(tokens: Tensor) -> tuple[int, int, Tensor]:
