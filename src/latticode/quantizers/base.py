@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -22,7 +22,7 @@ Loss = tuple[Tensor, Tensor]  # sum over tokens and their number: what parts and
 class Tokens(NamedTuple):
     """What a quantizer works on inside: latents in float32 at least, each of them finite."""
 
-    values: Tensor  # (..., D), 0 where not kept
+    values: Tensor  # (..., D), of no meaning where not kept
     keep: Tensor  # (...) bool; the others are masked or not finite, and may touch neither losses nor statistics
     target: Tensor  # `values` as the losses see them: the same numbers, perhaps with another gradient
     upkeep: bool  # this is the first use in a training step: codebooks may be initialized and restarted
@@ -31,6 +31,11 @@ class Tokens(NamedTuple):
     def become(self, values: Tensor, target: Tensor | None = None) -> Tokens:
         """The same tokens with other values."""
         return self._replace(values=values, target=values if target is None else target)
+
+    def through(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        """The same tokens after `function` (..., D) -> (..., E), which treats each by itself."""
+        values = function(self.values)
+        return self.become(values, values if self.target is self.values else function(self.target))
 
 
 class Update(NamedTuple):
@@ -71,7 +76,7 @@ class Quantizer(nn.Module, ABC):
 
     dim: int  # D, the width of the latents
     vocab: tuple[int, ...]  # the number of codes of each of the K code slots
-    contraction: float | Sequence[float] = 1.0  # width of what is left over what came in, per channel; 1: it adapts
+    contraction: float | Sequence[float] = 1.0  # width of what is left over `reach`, per channel; 1: it adapts
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +88,15 @@ class Quantizer(nn.Module, ABC):
     def bits(self) -> float:
         """Bits per position at a uniform distribution of codes: the sum of log2 of `vocab`."""
         return sum(math.log2(size) for size in self.vocab)
+
+    @property
+    def reach(self) -> list[float]:
+        """Half the width of the latents that a fixed grid serves, per channel; inf where it adapts to any.
+
+        L levels on [-1, 1] have cells of width 2 / (L-1): they serve L / (L-1) and leave 1 / (L-1) of it, so their
+        `contraction` is 1 / L, from which this is derived.
+        """
+        return [1 / (1 - share) if share < 1 else math.inf for share in contractions(self)]
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize `z` (..., D) with gradients; `mask` (...) bool is False at padding.
@@ -108,7 +122,11 @@ class Quantizer(nn.Module, ABC):
             return self._encode(tokens.values).masked_fill(~tokens.keep[..., None], -1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Latents (..., D) of `codes` (..., K). Raises ValueError for codes outside `vocab` or of another K."""
+        """Latents (..., D) of `codes` (..., K). Raises ValueError for codes outside `vocab` or of another K.
+
+        Where a quantizer refines what another one gives (`Residual`, `Hierarchical`), the refinement may be left out:
+        the codes may end before it, or be -1 there.
+        """
         self._check_codes(codes)
         with torch.autocast(codes.device.type, enabled=False):
             return self._decode(codes.long()).to(self._like.dtype)
@@ -156,11 +174,28 @@ class Quantizer(nn.Module, ABC):
             raise ValueError(f"latents {shape} need a bool mask {shape[:-1]}, got {_describe(mask)}")
 
     def _check_codes(self, codes: Tensor) -> None:
-        if codes.ndim < 1 or codes.shape[-1] != len(self.vocab) or codes.is_floating_point():
+        *fewer, slots = self._prefixes
+        if codes.ndim < 1 or codes.shape[-1] not in (*fewer, slots) or codes.is_floating_point():
+            some = f" or their first {', '.join(map(str, fewer))}" if fewer else ""
             raise ValueError(
-                f"{type(self).__name__} expects integer codes (..., {len(self.vocab)}), got {_describe(codes)}"
+                f"{type(self).__name__} expects integer codes (..., {slots}){some}, got {_describe(codes)}"
             )
-        self._check_range(codes, [0] * len(self.vocab))
+        self._check_range(codes, self._lowest)
+
+    @property
+    def _prefixes(self) -> list[int]:
+        """How many of the first code slots can be decoded without the others, ascending; the last is K."""
+        return [len(self.vocab)]
+
+    @property
+    def _lowest(self) -> list[int]:
+        """The least code of each slot: 0, or -1 where there may be none."""
+        return [0] * len(self.vocab)
+
+    def _present(self, codes: Tensor) -> Tensor:
+        """Whether `codes` (..., k), of the first k slots, have one in every slot that needs one: (...) bool."""
+        needed = [codes[..., i] >= 0 for i, least in enumerate(self._lowest[: codes.shape[-1]]) if least == 0]
+        return torch.stack(needed).all(dim=0)
 
     def _check_range(self, codes: Tensor, lowest: Sequence[int]) -> None:
         """Raise ValueError for `codes` (..., k), of the first k slots, that are below `lowest` or not in `vocab`."""
@@ -188,6 +223,12 @@ def accumulating(module: nn.Module) -> Iterator[None]:
     finally:
         for book in books:
             book.release()
+
+
+def contractions(quantizer: Quantizer) -> list[float]:
+    """`quantizer.contraction`, channel by channel."""
+    one = quantizer.contraction
+    return [one] * quantizer.dim if isinstance(one, int | float) else list(one)
 
 
 def pooled(losses: Sequence[Mapping[str, Loss]]) -> dict[str, Loss]:
