@@ -165,12 +165,11 @@ def residual_fsq(side: str, tokens: int) -> Step:
     if side == "peer":
         import vector_quantize_pytorch as peers
 
-        clamp = [1 + 1 / (n - 1) for n in LEVELS]
-        peer = peers.ResidualFSQ(levels=LEVELS, num_quantizers=8, dim=len(LEVELS), soft_clamp_input_value=clamp)
+        peer = peers.ResidualFSQ(levels=LEVELS, num_quantizers=8, dim=len(LEVELS))
         return training(theirs(peer.train()), tokens, len(LEVELS))
     from latticode.quantizers import FSQ, Residual
 
-    return training(ours(Residual(FSQ(LEVELS, bound="clamp"), depth=8, soft_clamp=True).train()), tokens, len(LEVELS))
+    return training(ours(Residual(FSQ(LEVELS, bound="clamp"), depth=8).train()), tokens, len(LEVELS))
 
 
 def importing(side: str) -> Step:

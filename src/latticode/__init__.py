@@ -1,9 +1,47 @@
 """latticode: images, video and audio as discrete tokens, and generators over them."""
 
+from latticode.metrics.codes import CodeStatistics
 from latticode.pretrained import load_model as load
 from latticode.priors.maskgit import MaskGIT
-from latticode.quantizers import FSQ, VQ
+from latticode.quantizers import (
+    BSQ,
+    FSQ,
+    LFQ,
+    VQ,
+    ChannelDim,
+    Grouped,
+    Gumbel,
+    Hierarchical,
+    Projected,
+    QINCo,
+    Quantizer,
+    Residual,
+    SimVQ,
+    StochasticVQ,
+    accumulating,
+)
 from latticode.tokenizer import Tokenizer
 from latticode.version import __version__
 
-__all__ = ["FSQ", "VQ", "MaskGIT", "Tokenizer", "__version__", "load"]
+__all__ = [
+    "BSQ",
+    "FSQ",
+    "LFQ",
+    "VQ",
+    "ChannelDim",
+    "CodeStatistics",
+    "Grouped",
+    "Gumbel",
+    "Hierarchical",
+    "MaskGIT",
+    "Projected",
+    "QINCo",
+    "Quantizer",
+    "Residual",
+    "SimVQ",
+    "StochasticVQ",
+    "Tokenizer",
+    "__version__",
+    "accumulating",
+    "load",
+]

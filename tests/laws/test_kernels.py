@@ -250,3 +250,15 @@ def test_matrix_precision_of_the_process_is_left_alone():
 def test_refuses_what_does_not_fit(x: Tensor, codebook: Tensor):
     with pytest.raises(ValueError, match="nearest_code expects float x"):
         nearest_code(x, codebook)
+
+
+@pytest.mark.parametrize("k", [5, 33, 300])
+@pytest.mark.parametrize("value", [1e30, -3e38])
+def test_rows_near_overflow_get_a_code_that_exists(k: int, value: float):
+    x, codebook = draw(20, k, 8)
+    broken = x.clone()
+    broken[3], broken[7, 2] = value, value
+    codes = nearest_code(broken, codebook)
+    kept = torch.arange(20) % 4 != 3
+    assert torch.equal(codes[kept], nearest_code(x, codebook)[kept])
+    assert 0 <= codes.min() <= codes.max() < k

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from latticode.kernels.grid import BOUNDS
 from latticode.quantizers import levels as chooser
-from latticode.quantizers.fsq import BOUNDS, FSQ
+from latticode.quantizers.fsq import FSQ
 from latticode.quantizers.levels import bin_probabilities, expected_entropy, expected_usage, recommend, search
 
 # fact sheet A.3: computed once by other code, to three digits
@@ -41,7 +42,7 @@ def test_equal_bins_with_slope_1_6_are_nearly_uniform():
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("slope", [2.0, 1.6])
 def test_probabilities_are_those_of_fsq(bound, slope):
-    levels = list(range(3 if bound == "paper" else 2, 17))
+    levels = list(range(2, 17))
     quantizer = FSQ(levels, bound=bound, slope=slope)
     n = 100_000
     z = torch.randn(n, len(levels), generator=torch.Generator().manual_seed(0))
@@ -155,9 +156,8 @@ def test_nonsense_is_refused_with_its_numbers(call, number):
         recommend(**call)
 
 
-def test_level_two_has_no_bin_under_the_papers_bound():
-    with pytest.raises(ValueError, match=r"level 2.*symmetric"):
-        bin_probabilities(2)
+def test_level_two():
+    assert bin_probabilities(2) == pytest.approx([0.059, 0.941], abs=1e-3)
     assert bin_probabilities(2, "symmetric") == pytest.approx([0.5, 0.5])
     with pytest.raises(ValueError, match="got 1"):
         bin_probabilities(1, "symmetric")

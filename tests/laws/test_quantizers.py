@@ -14,21 +14,61 @@ from latticode import registry
 from latticode.quantizers import Quantizer, accumulating
 from latticode.quantizers.codebook import Codebook
 
+
+def vq(size: int, dim: int, **options: Any) -> dict[str, Any]:
+    return {"type": "vq", "size": size, "dim": dim, **options}
+
+
+def fsq(*levels: int, **options: Any) -> dict[str, Any]:
+    return {"type": "fsq", "levels": list(levels), **options}
+
+
+def residual(*stages: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {"type": "residual", "stages": list(stages) if len(stages) > 1 else stages[0], **options}
+
+
 SPECS: dict[str, dict[str, Any]] = {
-    "fsq-8555": {"type": "fsq", "levels": [8, 5, 5, 5]},
-    "fsq-33": {"type": "fsq", "levels": [3, 3]},
-    "fsq-wide": {"type": "fsq", "levels": [17, 4, 1000]},
-    "fsq-one-channel": {"type": "fsq", "levels": [7]},
-    "fsq-2^60": {"type": "fsq", "levels": [16] * 15},
-    "fsq-symmetric": {"type": "fsq", "levels": [2, 3, 8], "bound": "symmetric"},
-    "fsq-equal-bins": {"type": "fsq", "levels": [2, 5, 4, 6], "bound": "equal-bins", "slope": 1.6},
-    "vq-ema": {"type": "vq", "size": 48, "dim": 4},
-    "vq-gradient": {"type": "vq", "size": 48, "dim": 4, "update": "gradient"},
-    "vq-normalize": {"type": "vq", "size": 48, "dim": 4, "normalize": True},
-    "vq-normalize-gradient": {"type": "vq", "size": 33, "dim": 3, "normalize": True, "update": "gradient"},
-    "vq-plain": {"type": "vq", "size": 10, "dim": 1, "kmeans": False, "restart": 0.0},
-    "vq-one-code": {"type": "vq", "size": 1, "dim": 2},
+    "fsq-8555": fsq(8, 5, 5, 5),
+    "fsq-33": fsq(3, 3),
+    "fsq-wide": fsq(17, 4, 1000),
+    "fsq-one-channel": fsq(7),
+    "fsq-60-bits": fsq(*[16] * 15),
+    "fsq-80-bits": fsq(*[16] * 20, factors=4),
+    "fsq-symmetric": fsq(2, 3, 8, bound="symmetric"),
+    "fsq-equal-bins": fsq(2, 5, 4, 6, bound="equal-bins", slope=1.6, factors=2),
+    "fsq-noise": fsq(5, 4, 8, noise=0.5),
+    "lfq": {"type": "lfq", "dim": 6},
+    "lfq-factors": {"type": "lfq", "dim": 8, "factors": 2, "entropy_groups": 2},
+    "bsq": {"type": "bsq", "dim": 5},
+    "vq-ema": vq(48, 4),
+    "vq-gradient": vq(48, 4, update="gradient"),
+    "vq-normalize": vq(48, 4, normalize=True),
+    "vq-normalize-gradient": vq(33, 3, normalize=True, update="gradient"),
+    "vq-plain": vq(10, 1, kmeans=False, restart=0.0),
+    "vq-one-code": vq(1, 2),
+    "vq-rotation": vq(48, 4, gradient="rotation", entropy=0.5),
+    "vq-diveq": vq(48, 4, gradient="diveq", update="gradient"),
+    "vq-affine": vq(48, 4, update="gradient", affine=True, sync=0.5),
+    "vq-online": vq(48, 4, online=True),
+    "simvq": {"type": "simvq", "size": 48, "dim": 4},
+    "gumbel": {"type": "gumbel", "size": 20, "dim": 4},
+    "gumbel-hard": {"type": "gumbel", "size": 20, "dim": 4, "hard": True},
+    "stochastic-vq": {"type": "stochastic_vq", "size": 20, "dim": 4},
+    "rvq": residual(vq(48, 4), vq(48, 4), vq(33, 4, update="gradient")),
+    "rvq-shared": residual(vq(48, 4), depth=3),
+    "rvq-dropout": residual(vq(48, 4), depth=3, dropout=0.5),
+    "residual-fsq": residual(fsq(5, 3, 5, bound="clamp"), depth=3, soft_clamp=True),
+    "residual-lfq": residual({"type": "lfq", "dim": 4}, depth=2, soft_clamp=True),
+    "qinco": residual(vq(48, 4), {"type": "qinco", "size": 48, "dim": 4, "width": 8}),
+    "qinco-alone": {"type": "qinco", "size": 48, "dim": 4, "width": 8},
+    "projected": {"type": "projected", "dim": 7, "quantizer": residual(vq(48, 4), vq(48, 4))},
+    "grouped": {"type": "grouped", "quantizers": [residual(vq(48, 2), vq(48, 2)), fsq(5, 4)]},
+    "grouped-shared": {"type": "grouped", "quantizers": vq(48, 3), "groups": 2},
+    "residual-grouped": residual({"type": "grouped", "quantizers": vq(48, 2), "groups": 2}, vq(48, 4)),
+    "hierarchical": {"type": "hierarchical", "top": fsq(5, 5, 5), "bottom": vq(48, 3), "fanout": 4},
 }
+DRAWN = {"fsq-noise", "vq-diveq", "gumbel", "gumbel-hard", "stochastic-vq", "rvq-dropout"}  # random in training
+SOFT = DRAWN - {"gumbel-hard", "rvq-dropout"}  # the latents of training are near those of the codes, not equal
 
 
 def latents(*shape: int, seed: int = 0) -> Tensor:
@@ -55,14 +95,26 @@ def _quantizer(spec: dict[str, Any]) -> Quantizer:
     return quantizer
 
 
+@pytest.fixture(name="name")
+def _name(spec: dict[str, Any]) -> str:
+    return next(name for name, one in SPECS.items() if one is spec)
+
+
 @pytest.fixture(name="trained")
 def _trained(quantizer: Quantizer) -> Quantizer:
     return quantizer.eval()
 
 
+def types(spec: Any) -> set[str]:
+    """All type names in a spec."""
+    if isinstance(spec, dict):
+        return set().union({spec["type"]} if "type" in spec else set(), *map(types, spec.values()))
+    return set().union(*map(types, spec)) if isinstance(spec, list) else set()
+
+
 def test_every_registered_quantizer_is_held_to_the_laws():
     registered = {name for name, entry in registry.TABLE.items() if str(entry).startswith("latticode.quantizers.")}
-    assert registered == {spec["type"] for spec in SPECS.values()}
+    assert registered == types(list(SPECS.values()))
 
 
 def test_decode_of_encode_is_the_latents_of_forward(trained: Quantizer):
@@ -72,13 +124,15 @@ def test_decode_of_encode_is_the_latents_of_forward(trained: Quantizer):
     assert same(trained.decode(out.codes), out.latents)
 
 
-def test_codes_decode_to_the_latents_in_training(quantizer: Quantizer):
+def test_codes_decode_to_the_latents_in_training(quantizer: Quantizer, name: str):
     """A training step may change the codebook, but not between the codes and the latents that it returns."""
     z = latents(300, quantizer.dim)  # the batch of the first step, so that no code is dead before this one
     before = copy.deepcopy(quantizer)
     out = quantizer(z)
-    assert torch.equal(before.encode(z), out.codes)
-    assert same(before.decode(out.codes), out.latents)
+    if name not in DRAWN:
+        assert torch.equal(before.encode(z), out.codes)
+    if name not in SOFT:
+        assert same(before.decode(out.codes), out.latents)
 
 
 def test_codes_are_integers_in_vocab(trained: Quantizer):
@@ -173,7 +227,8 @@ def test_a_bfloat16_module_still_trains_without_error(quantizer: Quantizer):
     assert all(loss.isfinite() for loss in out.losses.values())
 
 
-def test_nan_is_code_minus_one_and_stays_with_its_token(quantizer: Quantizer):
+def test_nan_is_code_minus_one_and_stays_with_its_token(quantizer: Quantizer, name: str):
+    quantizer.train(name not in DRAWN)
     z = latents(60, quantizer.dim)
     broken = z.clone()
     broken[7, -1] = torch.nan
@@ -195,9 +250,9 @@ def test_nan_is_code_minus_one_and_stays_with_its_token(quantizer: Quantizer):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_padding_is_marked_and_touches_nothing(quantizer: Quantizer, training: bool):
+def test_padding_is_marked_and_touches_nothing(quantizer: Quantizer, name: str, training: bool):
     """As if it were not there, even where it holds a NaN."""
-    quantizer.train(training)
+    quantizer.train(training and name not in DRAWN)
     z = latents(60, quantizer.dim)
     padded = torch.cat([z[:20], torch.full((5, quantizer.dim), torch.nan), latents(5, quantizer.dim) * 9, z[20:]])
     mask = torch.ones(70, dtype=torch.bool)
@@ -231,11 +286,13 @@ def test_refuses_a_mask_that_does_not_fit(trained: Quantizer):
                 method(z, mask)
 
 
-def test_accumulated_parts_are_one_batch(quantizer: Quantizer):
-    """Between two optimizer steps: the codebook moves once, and the mean of the losses and gradients is the batch's."""
+def test_accumulated_parts_are_one_batch(quantizer: Quantizer, name: str):
+    """Between two optimizer steps: the codebook moves once, and the mean of the parts' losses is the batch's."""
+    if name in DRAWN:
+        pytest.skip("draws differ with the size of a batch")
     for book in quantizer.modules():
         if isinstance(book, Codebook):
-            book.restart = 0.0  # restarts draw from the first part only
+            book.restart, book.online = 0.0, False  # these draw from the first part only
     z = latents(80, quantizer.dim)
     twin = copy.deepcopy(quantizer)
     whole, inputs = twin(z), [part.requires_grad_() for part in z.clone().split(40)]

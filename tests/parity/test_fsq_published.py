@@ -1,6 +1,8 @@
-"""FSQ against the paper's formulas (App. A.1), written out again in float64 with the published tan shift."""
+"""FSQ against the paper's formulas (App. A.1), written out again, and against vector-quantize-pytorch."""
 
 from __future__ import annotations
+
+import warnings
 
 import numpy as np
 import pytest
@@ -8,31 +10,81 @@ import torch
 
 from latticode import FSQ
 
-LEVELS = [[5, 3], [8, 8], [8, 6, 5], [8, 5, 5, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5], [8, 8, 8, 5, 5, 5], [4, 16, 9]]
+LEVELS = [[5, 3], [8, 8], [8, 6, 5], [8, 5, 5, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5], [8, 8, 8, 5, 5, 5], [4, 16, 9, 2]]
 
 
-def published(z: np.ndarray, levels: list[int], shift: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, indices and the bounded values before rounding."""
+def published(z: np.ndarray, levels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (..., d) and indices (...), with the published types: constants in float64, arithmetic in float32.
+
+    tanh is rounded from float64, so that it is the same on every machine.
+    """
     sizes = np.array(levels, np.float64)
     half = (sizes - 1) * (1 - 1e-3) / 2
     offset = np.where(sizes % 2 == 1, 0.0, 0.5)
-    moved = {"tan": np.tan, "atanh": np.arctanh}[shift](offset / half)
-    bounded = half * np.tanh(z + moved) - offset
-    codes = np.round(bounded) / (sizes // 2)
+    shift = np.tan(offset / half).astype(np.float32)
+    moved = np.tanh((z + shift).astype(np.float64)).astype(np.float32)
+    codes = np.round(moved * half.astype(np.float32) - offset.astype(np.float32)) / (sizes // 2).astype(np.float32)
     basis = np.cumprod([1, *levels[:-1]])
-    return codes, ((codes * (sizes // 2) + sizes // 2) * basis).sum(-1).astype(np.int64), bounded
+    digits = (codes * (sizes // 2) + sizes // 2).round().astype(np.int64)
+    return codes, (digits * basis).sum(-1)
 
 
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
-@pytest.mark.parametrize(("shift", "most"), [("atanh", 0.0), ("tan", 2e-3)])
-def test_codes_and_indices(levels: list[int], shift: str, most: float) -> None:
-    """Equal off the bin edges; the tan shift moves the edges of even levels by a hair, as the authors say it does."""
-    z = torch.randn(100_000, len(levels)) * 2
-    codes, indices, bounded = published(z.double().numpy(), levels, shift)
-    clear = (np.abs(bounded - np.floor(bounded) - 0.5) > 1e-5).all(-1)
+def test_codes_and_indices_are_the_published_ones_bit_for_bit(levels: list[int]) -> None:
+    z = torch.randn(200_000, len(levels)) * 2
+    codes, indices = published(z.numpy(), levels)
     ours = FSQ(levels)(z)
-    same = (ours.codes[:, 0].numpy() == indices)[clear]
-    assert clear.mean() > 0.999
-    assert 1 - same.mean() <= most
-    if not most:
-        np.testing.assert_allclose(ours.latents.numpy()[clear], codes[clear], atol=1e-6)
+    assert codes.dtype == np.float32
+    assert torch.equal(ours.latents, torch.from_numpy(codes))
+    assert torch.equal(ours.codes[:, 0], torch.from_numpy(indices))
+
+
+def peer(levels: list[int], **options: bool) -> torch.nn.Module:
+    vqp = pytest.importorskip("vector_quantize_pytorch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return vqp.FSQ(levels, **options)
+
+
+@pytest.mark.parametrize("levels", [*LEVELS[:5], [2, 3, 4], [16, 2]], ids=str)
+def test_symmetric_is_the_peers(levels: list[int]) -> None:
+    z = torch.randn(1, 50_000, len(levels), requires_grad=True)
+    theirs, indices = peer(levels, preserve_symmetry=True)(z)
+    ours = FSQ(levels, "symmetric")(z)
+    clear = clear_of_edges(FSQ(levels, "symmetric"), z, 1e-5)
+    assert clear.float().mean() > 0.999
+    assert torch.equal(ours.codes[..., 0][clear], indices[clear].long())
+    torch.testing.assert_close(ours.latents[clear], theirs[clear], atol=1e-6, rtol=0)
+    weights = torch.randn_like(z)
+    gradients = [torch.autograd.grad((out * weights).sum(), z)[0] for out in (ours.latents, theirs)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", LEVELS[:5], ids=str)
+def test_paper_is_the_peers_where_its_eps_does_not_matter(levels: list[int]) -> None:
+    """The peer stretches the bound by 1 + eps where the paper shrinks it by 1 - eps, and shifts by atanh.
+
+    So every position is off by up to eps (L - 1), and edges move as much, those of odd levels too; the codebook, its
+    order and all codes between the edges agree.
+    """
+    theirs, ours = peer(levels), FSQ(levels)
+    every = torch.arange(ours.vocab[0])
+    assert torch.equal(theirs.indices_to_codes(every), ours.decode(every[:, None]))
+    z = torch.randn(1, 50_000, len(levels))
+    _, indices = theirs(z)
+    clear = clear_of_edges(ours, z, 1e-3 * (max(levels) - 1) + 1e-4)
+    agree = ours.encode(z)[..., 0] == indices.long()
+    assert agree[clear].all()
+    assert 0.95 < agree.float().mean() < 1
+    weights = torch.rand_like(z)
+    z.requires_grad_()
+    gradients = [torch.autograd.grad((out * weights).sum(), z)[0] for out in (ours(z).latents, theirs(z)[0])]
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=3e-3)
+
+
+def clear_of_edges(fsq: FSQ, z: torch.Tensor, margin: float) -> torch.Tensor:
+    """Whether each token (...) of `z` is further than `margin` from all edges, in units of levels."""
+    with torch.no_grad():
+        width = torch.tensor([level // 2 if fsq.bound == "paper" else (level - 1) / 2 for level in fsq.levels])
+        place = (fsq.bounded(z) + 1) * width
+    return ((place - place.floor() - 0.5).abs() > margin).all(dim=-1)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from latticode.kernels import nearest, reference
+from latticode.kernels import entropies, lattice, nearest, reference
+from latticode.kernels.grid import Lattice
 
 _NEAREST = {"fast": nearest.nearest_code, "reference": reference.nearest_code}
+_ENTROPIES = {"fast": entropies, "reference": reference}
+_LATTICE = {"fast": lattice, "reference": reference}
 _active = "fast"
 
 
@@ -30,9 +35,9 @@ def use(name: str) -> Iterator[None]:
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """For each row of `x` (N, d) the row of `codebook` (K, d) at the least Euclidean distance: (N,) int64.
 
-    The answer is that of float64, unless more codes tie in float32 than the fast kernel compares exactly: then it is
-    one of these. Half precision is widened, autocast has no effect, and no gradient flows. A row that is not finite
-    gets some code in 0 .. K-1. One opaque operator to torch.compile.
+    The answer is that of float64, and one of the codes that tie in float64. Half precision is widened, autocast has no
+    effect, and no gradient flows. A row that is not finite gets some code in 0 .. K-1. One opaque operator to
+    torch.compile; torch.export and ONNX get plain operators instead, which decide in float32.
 
     Raises:
         ValueError: for other ranks, different widths, an empty codebook or integers.
@@ -43,6 +48,8 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
             "nearest_code expects float x (N, d) and codebook (K, d) with K, d >= 1, "
             f"got {tuple(x.shape)} {x.dtype} and {tuple(codebook.shape)} {codebook.dtype}"
         )
+    if _exporting():
+        return nearest.traced(x.detach(), codebook.detach())
     return _nearest_code(x.detach(), codebook.detach())
 
 
@@ -55,3 +62,141 @@ def _nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 @library.register_fake("latticode::nearest_code")
 def _(x: Tensor, codebook: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def to_lattice(z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
+    """Finite scalar quantization of `z` (..., d): latents (..., d) and codes (..., factors) int64.
+
+    `grid` has the formulas. Arithmetic is float32 with a correctly rounded tanh, whatever the type of `z` or the
+    autocast; on CUDA a digit may be the neighbouring one within about 1e-6 of an edge. Latents have the type and the
+    memory layout of `z`: channels first in memory cost nothing. The gradient passes through the bound as if nothing had
+    been rounded. A NaN makes all codes of its token -1, stays NaN in its own channel of the latents and gets no
+    gradient; infinities saturate. One opaque operator to torch.compile; torch.export and ONNX get plain operators
+    instead, with the float32 tanh of their runtime.
+
+    Raises:
+        ValueError: if `z` is not (..., d) floats.
+    """
+    if z.ndim < 1 or z.shape[-1] != len(lattice.levels) or not z.is_floating_point():
+        raise ValueError(f"to_lattice expects floats (..., {len(lattice.levels)}), got {tuple(z.shape)} {z.dtype}")
+    if _exporting():
+        return reference.to_lattice(z, lattice, torch.float32)
+    return _to_lattice(z, list(lattice.levels), lattice.bound, lattice.slope, lattice.factors)
+
+
+_FORMAT = "int[] levels, str bound, float slope, int factors"
+
+
+@library.custom_op("latticode::to_lattice", mutates_args=(), schema=f"(Tensor z, {_FORMAT}) -> (Tensor, Tensor)")
+def _to_lattice(z: Tensor, levels: list[int], bound: str, slope: float, factors: int) -> tuple[Tensor, Tensor]:
+    with torch.autocast(z.device.type, enabled=False):
+        latents, codes = _lattice_kernel("to_lattice", z)(z, Lattice(tuple(levels), bound, slope, factors))
+    return lattice.alike(latents, z), codes.contiguous()
+
+
+@library.register_fake("latticode::to_lattice")
+def _(z: Tensor, levels: list[int], bound: str, slope: float, factors: int) -> tuple[Tensor, Tensor]:
+    return lattice.empty_like(z), z.new_empty(*z.shape[:-1], factors, dtype=torch.int64)
+
+
+@library.custom_op(
+    "latticode::to_lattice_backward", mutates_args=(), schema=f"(Tensor gradient, Tensor z, {_FORMAT}) -> Tensor"
+)
+def _to_lattice_backward(
+    gradient: Tensor, z: Tensor, levels: list[int], bound: str, slope: float, factors: int
+) -> Tensor:
+    with torch.autocast(z.device.type, enabled=False):
+        kernel = _lattice_kernel("to_lattice_backward", z)
+        return lattice.alike(kernel(gradient, z, Lattice(tuple(levels), bound, slope, factors)), z)
+
+
+@library.register_fake("latticode::to_lattice_backward")
+def _(gradient: Tensor, z: Tensor, levels: list[int], bound: str, slope: float, factors: int) -> Tensor:
+    return lattice.empty_like(z)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, *ctx.description = inputs
+    ctx.save_for_backward(z)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _to_lattice_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _to_lattice_backward(gradient, *ctx.saved_tensors, *ctx.description), None, None, None, None
+
+
+library.register_autograd("latticode::to_lattice", _to_lattice_gradients, setup_context=_save_for_backward)
+
+
+def _lattice_kernel(name: str, z: Tensor) -> Callable[..., Any]:
+    """The function `name` for the device of `z`: the specification where there is no fast one."""
+    if _active == "fast" and z.is_cuda and nearest._has_triton():
+        from latticode.kernels import lattice_triton
+
+        return getattr(lattice_triton, name)
+    if z.device.type == "cpu":
+        return getattr(_LATTICE[_active], name)
+    precise = torch.float32 if z.device.type == "mps" else torch.float64  # Apple GPUs have no float64
+    return functools.partial(getattr(reference, name), precise=precise)
+
+
+def _exporting() -> bool:
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch before 2.7 has none
+
+
+def bernoulli_entropy(logits: Tensor) -> Tensor:
+    """Of each row of `logits` (N, D), the entropy of D independent bits with P(bit) = sigmoid(logit), in nats: (N,)."""
+    logits, _ = _widened("bernoulli_entropy", logits, logits[..., 0])
+    return _ENTROPIES[_active].bernoulli_entropy(logits).to(logits.dtype)
+
+
+def bernoulli_mixture(logits: Tensor, weights: Tensor) -> Tensor:
+    """The sum over tokens of w_n P_n, P_n the distribution of D independent bits over the 2^D codes: (2^D,).
+
+    P_n(bit_i = 1) = sigmoid(logits[n, i]), and a code is sum_i 2^i [bit_i = 1]. With `weights` (N,) of 1 / N it is the
+    mean distribution, and its `entropy` that of the batch. Differentiable in `logits`, in O(N D + 2^D) memory. Tokens
+    of weight 0 count nothing, whatever they hold.
+
+    Raises:
+        ValueError: for other shapes, or integers.
+    """
+    logits, weights = _widened("bernoulli_mixture", logits, weights)
+    return _ENTROPIES[_active].bernoulli_mixture(logits, weights).to(logits.dtype)
+
+
+def soft_assignment(x: Tensor, codebook: Tensor, temperature: float, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over tokens of w_n H(p_n), in nats, and of w_n p_n (K,), p_n = softmax(-|x_n - c|^2 / temperature).
+
+    For `x` (N, d), `codebook` (K, d) and `weights` (N,). Differentiable in the first two, in O(K d + N d) memory.
+    Tokens of weight 0 count nothing, whatever they hold.
+
+    Raises:
+        ValueError: for other shapes, integers, an empty codebook, or a temperature that is not > 0.
+    """
+    x, weights = _widened("soft_assignment", x, weights)
+    if codebook.ndim != 2 or codebook.shape[1] != x.shape[1] or len(codebook) == 0 or not temperature > 0:
+        raise ValueError(
+            f"soft_assignment of tokens {tuple(x.shape)} expects a codebook (K, {x.shape[1]}) with K >= 1 and a "
+            f"temperature > 0, got {tuple(codebook.shape)} and {temperature}"
+        )
+    dtype = torch.promote_types(x.dtype, codebook.dtype)
+    kernel = _ENTROPIES[_active].soft_assignment
+    total, mixture = kernel(x.to(dtype), codebook.to(dtype), weights.to(dtype), temperature)
+    return total.to(dtype), mixture.to(dtype)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """-sum p ln p of a distribution `p` (K,) in nats, a scalar; 0 ln 0 = 0, and probabilities of 0 get no gradient."""
+    return _ENTROPIES[_active].entropy(p).to(p.dtype)
+
+
+def _widened(name: str, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in their common type, float32 at least, after a check that `rows` (N, D >= 1) and `weights` (N,) fit."""
+    fits = rows.ndim == 2 and rows.shape[1] > 0 and weights.shape == rows.shape[:1]
+    if not fits or not rows.is_floating_point() or not weights.is_floating_point():
+        raise ValueError(
+            f"{name} expects float tokens (N, D) with D >= 1 and weights (N,), "
+            f"got {tuple(rows.shape)} {rows.dtype} and {tuple(weights.shape)} {weights.dtype}"
+        )
+    dtype = torch.promote_types(torch.promote_types(rows.dtype, weights.dtype), torch.float32)
+    return rows.to(dtype), weights.detach().to(dtype)

@@ -64,11 +64,16 @@ def tiled(x: Tensor, codebook: Tensor) -> Tensor:
         for start in range(0, len(x), rows):
             tile = x[start : start + rows]
             centred = tile.to(dtype) - centre
-            best = _best_of_blocks(centred, vectors, offsets, width)
+            best, scores = _best_of_blocks(centred, vectors, offsets, width)
             top = best.amax(dim=0)
-            least = top - margin(centred, top, reach)
+            # An overflow makes the margin infinite, but not so that padding, of score -inf, may win.
+            least = (top - margin(centred, top, reach)).clamp(min=torch.finfo(dtype).min)
             pairs = _near_blocks(best, least)
-            hits = [_near_codes(centred, vectors, offsets, least, part) for part in pairs.split(pieces)]
+            if scores is None:
+                found = [(part, _scores(centred, vectors, offsets, part)) for part in pairs.split(pieces)]
+            else:
+                found = [(pairs, scores[pairs[:, 0], :, pairs[:, 1]])]
+            hits = [_near_codes(least, part, of_codes) for part, of_codes in found]
             nearest[start : start + rows] = _decide(tile, codebook, torch.cat(hits), pieces * vectors.shape[1])
     left = (nearest < 0).nonzero().squeeze(1)
     for part in left.split(rows):
@@ -112,8 +117,11 @@ def _padded(codes: Tensor) -> tuple[Tensor, Tensor]:
     return vectors, offsets
 
 
-def _best_of_blocks(x: Tensor, vectors: Tensor, offsets: Tensor, width: int) -> Tensor:
-    """The greatest score in each block of `vectors` (b, B, d) for each row of `x` (n, d): (b, n)."""
+def _best_of_blocks(x: Tensor, vectors: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    """The greatest score in each block of `vectors` (b, B, d) for each row of `x` (n, d): (b, n).
+
+    And all scores (b, B, n), if they fit one tile.
+    """
     (count, block, dim), n = vectors.shape, len(x)
     step = width // block
     best = x.new_empty(count, n)
@@ -123,7 +131,7 @@ def _best_of_blocks(x: Tensor, vectors: Tensor, offsets: Tensor, width: int) -> 
         tile = scores[: len(vectors[some])]
         torch.addmm(offsets[some].reshape(-1, 1), vectors[some].view(-1, dim), x.t(), out=tile.view(-1, n))
         torch.amax(tile, dim=1, out=best[some])
-    return best
+    return best, scores if count <= step else None
 
 
 def margin(x: Tensor, top: Tensor, reach: Tensor) -> Tensor:
@@ -153,20 +161,31 @@ def _near_blocks(best: Tensor, least: Tensor) -> Tensor:
     return pairs
 
 
-def _near_codes(x: Tensor, vectors: Tensor, offsets: Tensor, least: Tensor, pairs: Tensor) -> Tensor:
-    """The pairs (h, 2) of token and code with a score of `least` (n,) or more, in the blocks of `pairs` (p, 2)."""
+def _scores(x: Tensor, vectors: Tensor, offsets: Tensor, pairs: Tensor) -> Tensor:
+    """The scores (p, B) of the codes of each of `pairs` (p, 2) of block and row of `x` (n, d)."""
     blocks, tokens = pairs.unbind(dim=1)
     # Whole blocks are gathered, so that each copy is one contiguous run.
-    scores = torch.baddbmm(offsets[blocks, :, None], vectors.index_select(0, blocks), x[tokens, :, None]).squeeze(2)
+    return torch.baddbmm(offsets[blocks, :, None], vectors.index_select(0, blocks), x[tokens, :, None]).squeeze(2)
+
+
+def _near_codes(least: Tensor, pairs: Tensor, scores: Tensor) -> Tensor:
+    """The pairs (h, 2) of token and code with a score of `least` (n,) or more, of the `scores` (p, B) of `pairs`."""
+    blocks, tokens = pairs.unbind(dim=1)
     pair, place = (scores >= least[tokens, None]).nonzero().unbind(dim=1)
-    return torch.stack([tokens[pair], blocks[pair] * vectors.shape[1] + place], dim=1)
+    return torch.stack([tokens[pair], blocks[pair] * scores.shape[1] + place], dim=1)
 
 
 def _decide(x: Tensor, codebook: Tensor, hits: Tensor, at_once: int) -> Tensor:
     """Of each row of `x` (n, d), the nearest of its codes in `hits` (h, 2), the first of equals, or -1 without any."""
     size = len(codebook)
-    exact = _exact(x)
     tokens, codes = hits.unbind(dim=1)
+    number = torch.bincount(tokens, minlength=len(x))
+    nearest = codes.new_full((len(x),), -1).scatter_(0, tokens, codes)
+    rivals = number[tokens] > 1  # a code without any is the nearest: nothing else could be
+    tokens, codes = tokens[rivals], codes[rivals]
+    if not len(tokens):
+        return nearest
+    exact = _exact(x)
     distances = torch.cat(
         [
             (x[token].to(exact) - codebook[code].to(exact)).square().sum(dim=1)
@@ -174,9 +193,10 @@ def _decide(x: Tensor, codebook: Tensor, hits: Tensor, at_once: int) -> Tensor:
         ]
     )
     least = distances.new_full((len(x),), torch.inf).scatter_reduce(0, tokens, distances, "amin")
-    codes = codes.where(distances == least[tokens], size)
-    nearest = codes.new_full((len(x),), size).scatter_reduce(0, tokens, codes, "amin")
-    return nearest.where(nearest < size, -1)
+    first = torch.full_like(nearest, size).scatter_reduce(
+        0, tokens, codes.where(distances == least[tokens], size), "amin"
+    )
+    return torch.where(number > 1, first.where(first < size, -1), nearest)
 
 
 def _search_exactly(x: Tensor, codebook: Tensor, centre: Tensor, width: int) -> Tensor:

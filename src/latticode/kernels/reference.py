@@ -2,11 +2,73 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from latticode.kernels.grid import Lattice, digits, values
 
 
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """For each row of `x` (N, d) the row of `codebook` (K, d) at the least distance, in float64: (N,) int64."""
     distances = torch.cdist(x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
     return distances.argmin(dim=1)
+
+
+def bernoulli_entropy(logits: Tensor) -> Tensor:
+    """Of each row of `logits` (N, D), the entropy of D independent bits with P(bit) = sigmoid(logit), in nats: (N,)."""
+    log_p = _log_products(logits)
+    return -(log_p.exp() * log_p).sum(dim=1)
+
+
+def bernoulli_mixture(logits: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights_n P_n (2^D,) of products P_n of D bits with `logits` (N, D); code sum_i 2^i [bit_i = 1]."""
+    return weights.double() @ _log_products(logits).exp()
+
+
+def soft_assignment(x: Tensor, codebook: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """sum_n w_n H(p_n) and sum_n w_n p_n (K,), for p_n the softmax over codes of -|x_n - c|^2 / `temperature`."""
+    distances = (x.double()[:, None] - codebook.double()).square().sum(dim=2)
+    log_p = (-distances / temperature).log_softmax(dim=1)
+    return -(weights.double() @ (log_p.exp() * log_p).sum(dim=1)), weights.double() @ log_p.exp()
+
+
+def entropy(p: Tensor) -> Tensor:
+    """-sum p ln p of `p` (K,) in nats, a scalar; probabilities of 0 are left out."""
+    some = p[p > 0].double()
+    return -(some * some.log()).sum()
+
+
+def _log_products(logits: Tensor) -> Tensor:
+    """ln P of all 2^D values of D independent bits: (N, 2^D) float64."""
+    dim = logits.shape[1]
+    bits = (torch.arange(2**dim, device=logits.device)[:, None] >> torch.arange(dim, device=logits.device)) & 1
+    signs = (2 * bits - 1).double()
+    return F.logsigmoid(logits.double()[:, None] * signs).sum(dim=2)
+
+
+def to_lattice(z: Tensor, lattice: Lattice, precise: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Latents (..., d) in z's type and codes (..., factors) int64 of `z` (..., d), by the formulas of `grid`.
+
+    The gradient passes through the bound, not the rounding. tanh is evaluated in `precise`.
+    """
+    c = lattice.channels(z.device)
+    p = lattice.position(z, c, precise)
+    places = digits(p.detach(), c)
+    bounded = values(p + c.zero, c.width)
+    latents = values(places, c.width) + (bounded - bounded.detach())
+    whole = places.nan_to_num().long() * torch.tensor(lattice.basis, device=z.device)
+    # not .sum(dim=-1), which onnxruntime rounds to 53 bits
+    codes = functools.reduce(torch.add, whole.unflatten(-1, (lattice.factors, -1)).unbind(dim=-1))
+    return latents.to(z.dtype), codes.masked_fill(places.isnan().any(dim=-1, keepdim=True), -1)
+
+
+def to_lattice_backward(gradient: Tensor, z: Tensor, lattice: Lattice, precise: torch.dtype = torch.float64) -> Tensor:
+    """The gradient for `z` (..., d) of that for its latents (..., d): times d value / d z, 0 where z is NaN."""
+    c = lattice.channels(z.device)
+    a = lattice.activation(z, c, precise)
+    slope = (z.float() * lattice.alpha).abs() <= 1 if lattice.bound == "clamp" else 1 - a * a
+    product = gradient.float() * slope * (lattice.alpha * c.gain / c.width)
+    return product.masked_fill(z.isnan(), 0.0).to(z.dtype)

@@ -149,6 +149,9 @@ def _upkeep(
 
     `online` is the decay of the counts if codes are clustered online, else None.
     """
+    dead = count < restart * count.mean()
+    if initialized and online is None and not dead.any():
+        return
     tokens = tokens[keep]
     if not initialized:
         vectors, fresh = kmeans(tokens, len(weight), unit=unit)
@@ -160,12 +163,11 @@ def _upkeep(
         rows, vectors = cluster(tokens, weight.to(tokens), count, online)
         fresh = count[rows]
     else:
-        mean = count.mean()
-        rows = (count < restart * mean).nonzero().squeeze(1)
-        vectors = draw(tokens, len(rows)) if len(rows) else tokens[:0]
+        rows = dead.nonzero().squeeze(1)
+        vectors = draw(tokens, len(rows))
         rows = rows[: len(vectors)]
         # Left as they were, the averages would move the vector back to where it died.
-        fresh = mean.expand(len(rows))
+        fresh = count.mean().expand(len(rows))
     vectors = _unit(vectors) if unit else vectors
     weight[rows] = vectors.to(weight)
     count[rows] = fresh.to(count)
@@ -195,20 +197,20 @@ def draw(tokens: Tensor, size: int) -> Tensor:
 
     Draws from torch's global CPU generator; the draw of rank 0 counts.
     """
-    offset, n, moments = _census(tokens)
+    offset, n = _census(tokens)
     if n == 0:
         return tokens[:0]
     order = torch.randperm(n)
     order = order[torch.arange(size) % n].to(tokens.device)
-    noise = torch.randn(max(size - n, 0), tokens.shape[1]).to(tokens)
     distributed.broadcast(order)
-    distributed.broadcast(noise)
     # Each rank fills in the rows that it holds; their sum over ranks is the selection, and no rank sends all it has.
     mine = (order >= offset) & (order < offset + len(tokens))
     rows = tokens.new_zeros(size, tokens.shape[1])
     rows[mine] = tokens[order[mine] - offset]
     rows = distributed.all_sum([rows])[0]
-    rows[n:] += noise * moments
+    if size > n:
+        noise = torch.randn(size - n, tokens.shape[1]).to(tokens)
+        rows[n:] += distributed.broadcast(noise) * _jitter(tokens, n)
     return rows
 
 
@@ -267,18 +269,22 @@ def _anchors(tokens: Tensor, vectors: Tensor, uniform: Tensor) -> Tensor:
     return distributed.all_sum([anchors])[0]
 
 
-def _census(tokens: Tensor) -> tuple[int, int, Tensor]:
-    """Where this rank's tokens start among all, how many all are, and the scale of a jitter for each channel (D,)."""
-    counts = tokens.new_zeros(distributed.world_size(), dtype=torch.float64)
+def _census(tokens: Tensor) -> tuple[int, int]:
+    """Where this rank's tokens start among all, and how many all are."""
+    counts = torch.zeros(distributed.world_size(), dtype=torch.float64, device=tokens.device)
     counts[distributed.rank()] = len(tokens)
+    (counts,) = distributed.all_sum([counts])
+    return int(counts[: distributed.rank()].sum()), int(counts.sum())
+
+
+def _jitter(tokens: Tensor, n: int) -> Tensor:
+    """The scale of noise between copies of a token, for each channel (D,); `n` is the number of tokens of all ranks."""
     wide = tokens.double()
-    counts, first, second = distributed.all_sum([counts, wide.sum(dim=0), wide.square().sum(dim=0)])
-    n = counts.sum().clamp(min=1)
+    first, second = distributed.all_sum([wide.sum(dim=0), wide.square().sum(dim=0)])
     mean = first / n
     deviation = (second / n - mean.square()).clamp(min=0).sqrt()
     # Data without spread still need copies that float32 can tell apart.
-    scale = JITTER * torch.maximum(deviation, JITTER * (1 + mean.abs()))
-    return int(counts[: distributed.rank()].sum()), int(counts.sum()), scale.to(tokens.dtype)
+    return (JITTER * torch.maximum(deviation, JITTER * (1 + mean.abs()))).to(tokens.dtype)
 
 
 def _assigned(tokens: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
-from latticode.quantizers.fsq import BOUNDS, EPS
+from latticode.kernels.grid import BOUNDS, EPS
 
 # Table 1 and App. A.4.1 (whose 2^12 lacks one 5: a misprint, as the main table and the UViM section show).
 TABLE: dict[int, tuple[int, ...]] = {
@@ -47,7 +47,7 @@ class Recommendation:
     entropy: float  # bits of the index, at most `bits`
     usage: float  # expected fraction of the codes that `tokens` tokens hit at least once
     source: str  # "paper's table", "search", or "below the rule" (targets under 5)
-    bound: str  # the bound that entropy and usage are for: level 2 has only the symmetric kinds
+    bound: str  # the bound that entropy and usage are for: the paper's leaves one of 2 levels nearly empty
     tokens: int
 
 
@@ -147,35 +147,29 @@ def _wide(target: float, widest: int = WIDEST) -> Iterator[tuple[int, ...]]:
 def bin_probabilities(level: int, bound: str = "paper", slope: float = 2.0) -> np.ndarray:
     """(level,) float64: the probability of each digit of one channel for z ~ N(0, 1).
 
-    The activation is act(z) = 2 sigmoid(slope z) - 1: slope 2 is tanh, 1.6 is iFSQ's (arXiv 2601.17124). Raises
-    ValueError for an unknown bound, a slope that is not positive, level < 2, and level 2 under the paper's bound.
+    The activation is act(z) = 2 sigmoid(slope z) - 1: slope 2 is tanh, 1.6 is iFSQ's (arXiv 2601.17124); "clamp" has
+    clamp(slope z / 2, -1, 1). Raises ValueError for an unknown bound, a slope that is not positive, and level < 2.
     """
     _check_bound(bound, slope)
     if level < 2:
         raise ValueError(f"levels must be >= 2, got {level}")
-    cuts = [_inverse_activation(y, slope) - shift for y, shift in _cuts(level, bound, slope)]
+    inverse = (lambda y: y) if bound == "clamp" else math.atanh
+    cuts = [(inverse(y) - shift) * 2 / slope for y, shift in _cuts(level, bound)]
     below = np.array([0.0, *(0.5 * math.erfc(-z / math.sqrt(2)) for z in cuts), 1.0])
     return np.diff(below)
 
 
-def _cuts(level: int, bound: str, slope: float) -> Iterator[tuple[float, float]]:
-    """For each digit k >= 1 the least activation that reaches it, and what the bound adds to z before activating."""
+def _cuts(level: int, bound: str) -> Iterator[tuple[float, float]]:
+    """For each digit k >= 1 the least activation that reaches it, and what the bound adds to slope z / 2 before it."""
     for k in range(1, level):
-        if bound == "symmetric":  # digit = floor((L - 1)(act + 1) / 2 + 1/2), arXiv 2411.19842
-            yield (2 * k - level) / (level - 1), 0.0
-        elif bound == "equal-bins":  # digit = floor(L (act + 1) / 2)
+        if bound == "equal-bins":  # digit = floor(L (act + 1) / 2)
             yield 2 * k / level - 1, 0.0
-        else:  # digit = round(half act(z + shift) - offset) + floor(L / 2), App. A.1 with atanh for tan
+        elif bound == "paper":  # digit = round(half act(z + shift) - offset) + floor(L / 2), App. A.1
             half = (level - 1) * (1 - EPS) / 2
             offset = 0.5 if level % 2 == 0 else 0.0
-            if offset >= half:
-                raise ValueError(f"the paper's bound has no level {level} (atanh of a number > 1): use 'symmetric'")
-            yield (k - level // 2 - 0.5 + offset) / half, _inverse_activation(offset / half, slope)
-
-
-def _inverse_activation(y: float, slope: float) -> float:
-    """z with 2 sigmoid(slope z) - 1 = y."""
-    return 2 * math.atanh(y) / slope
+            yield (k - level // 2 - 0.5 + offset) / half, math.tan(offset / half)
+        else:  # digit = floor((L - 1)(act + 1) / 2 + 1/2), arXiv 2411.19842
+            yield (2 * k - level) / (level - 1), 0.0
 
 
 def expected_entropy(levels: Sequence[int], bound: str = "paper", slope: float = 2.0) -> float:
