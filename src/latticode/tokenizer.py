@@ -1,41 +1,69 @@
-"""Tokenizer = encoder + quantizer + decoder: images to codes and back. The only place that moves channels."""
+"""Tokenizer = encoder + quantizer + decoder: images, videos or waveforms to codes and back.
+
+The only place that moves channels. Shapes: B batch, C channels, *size samples along each axis, *grid code positions,
+K codes per position.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.pretrained import Pretrained
 from latticode.quantizers.base import Quantizer
+from latticode.quantizers.vq import VQ
 from latticode.types import Quantized, Reconstruction
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+INPUTS = {1: "waveforms (B, {}, T)", 2: "images (B, {}, H, W)", 3: "videos (B, {}, T, H, W)"}
 
 
 class Tokenizer(Pretrained):
-    """Images (B, C, H, W) float in [-1, 1] to codes (B, h, w, K) int64 and back.
+    """Inputs (B, C, *size) float in [-1, 1] to codes (B, *grid, K) int64 and back.
 
     Two 1x1 convolutions, `quant_conv` and `post_quant_conv`, fit the encoder's and decoder's width to the quantizer's.
-    A size that the stride does not divide is padded below and at the right by repeating the border, and the decoder's
-    output is cropped to `size` again.
+    A size that the stride does not divide is padded at the end of its axis (for images below and at the right) by
+    repeating the border, and the decoder's output is cropped to `size` again.
 
     Args:
-        encoder: has `in_channels`, `latent` and `stride`.
+        encoder: has `in_channels`, `latent` and `stride`, one integer or one for each axis; may have `axes`, the number
+            of spatial axes (1 waveform, 2 image, 3 video; default 2), and `lead`, the number of samples at the start of
+            the first axis that make one position each (1: a video's first frame stands alone; default 0).
         quantizer: any of the library.
         decoder: has `out_channels`, `latent` and the same `stride`.
+        pixels: what the decoder's output says of the pixels, e.g. `LogitLaplace`; None: it is the image itself.
+
+    `encode` and `forward` raise ValueError for another number of channels or axes, an axis without samples, another
+    type than floats and, in eval mode, values that are not finite (in training the loss shows them; looking would make
+    a GPU wait at every step).
     """
 
-    def __init__(self, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module):
+    def __init__(self, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module, pixels: nn.Module | None = None):
         super().__init__()
-        if encoder.stride != decoder.stride:
+        self.encoder, self.quantizer, self.decoder, self.pixels = encoder, quantizer, decoder, pixels
+        self.axes = int(getattr(encoder, "axes", 2))
+        self.leads = (int(getattr(encoder, "lead", 0)), *[0] * (self.axes - 1))
+        self.strides = _strides(encoder, self.axes)
+        if self.strides != _strides(decoder, self.axes):
             raise ValueError(f"encoder and decoder need one stride, got {encoder.stride} and {decoder.stride}")
-        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
-        self.quant_conv = nn.Conv2d(int(encoder.latent), quantizer.dim, 1)  # type: ignore[arg-type]
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, int(decoder.latent), 1)  # type: ignore[arg-type]
+        self._fit(0)
+
+    def _fit(self, given: int) -> None:
+        """The 1x1 convolutions, with `given` channels from elsewhere beside the encoder's and the quantizer's."""
+        encoder, decoder, dim = self.encoder, self.decoder, self.quantizer.dim
+        conv = CONVOLUTIONS[self.axes]
+        self.quant_conv: nn.Module = conv(int(encoder.latent) + given, dim, 1)  # type: ignore[arg-type]
+        self.post_quant_conv: nn.Module = conv(dim + given, int(decoder.latent), 1)  # type: ignore[arg-type]
 
     @property
-    def stride(self) -> int:
-        return int(self.encoder.stride)  # type: ignore[arg-type]
+    def stride(self) -> int | tuple[int, ...]:
+        """Samples per position, one number if all axes share it."""
+        return self.strides[0] if len(set(self.strides)) == 1 else self.strides
 
     @property
     def channels(self) -> int:
@@ -45,33 +73,183 @@ class Tokenizer(Pretrained):
     def vocab(self) -> tuple[int, ...]:
         return self.quantizer.vocab
 
+    @property
+    def bits(self) -> float:
+        """Bits per position at a uniform distribution of codes."""
+        return sum(math.log2(size) for size in self.vocab)
+
     def grid(self, size: Sequence[int]) -> tuple[int, ...]:
-        """The code grid (h, w) of an image of `size` pixels (H, W)."""
-        return tuple(-(-n // self.stride) for n in size)
+        """The code grid of inputs of `size`: ceil(n / stride), after the `lead` samples that have a position each."""
+        least = [max(1, lead) for lead in self.leads]
+        if len(size) != self.axes or any(n < m for n, m in zip(size, least, strict=True)):
+            expected = INPUTS[self.axes].format(self.channels)
+            raise ValueError(f"expected {expected} of at least {least} samples, got size {tuple(size)}")
+        return tuple(lead + -(-(n - lead) // s) for n, s, lead in zip(size, self.strides, self.leads, strict=True))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h, w, K) of `images` (B, C, H, W). Raises ValueError for another shape or dtype."""
-        return self.quantizer.encode(self._latents(images))
+        """Codes (B, *grid, K) of `images` (B, C, *size)."""
+        return self._encode(self._padded(images))
 
     def decode(self, codes: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Images (B, C, h * stride, w * stride) of `codes` (B, h, w, K), cropped to `size` (H, W) if given."""
-        images = self._images(self.quantizer.decode(codes))
-        return images if size is None else images[..., : size[0], : size[1]]
+        """Images (B, C, *(grid * stride)) of `codes` (B, *grid, K), cropped to `size` if given."""
+        output = self._decode(codes)
+        return self._shown(output if size is None else self._cropped(output, size))
 
     def forward(self, images: Tensor) -> Reconstruction:
-        quantized: Quantized = self.quantizer(self._latents(images))
-        output = self._images(quantized.latents)[..., : images.shape[-2], : images.shape[-1]]
-        return Reconstruction(output, quantized.codes, quantized.losses)
+        output, codes, losses = self._reconstruct(self._padded(images))
+        output = self._cropped(output, images.shape[2:])
+        if self.pixels is not None:
+            losses = {**losses, self.pixels.name: self.pixels.nll(output, images)}  # type: ignore[operator]
+        return Reconstruction(self._shown(output), codes, losses)
 
-    def _latents(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != self.channels or not images.is_floating_point():
-            dtype = str(images.dtype).removeprefix("torch.")
-            raise ValueError(f"expected float images (B, {self.channels}, H, W), got {tuple(images.shape)} {dtype}")
-        height, width = images.shape[-2:]
-        pad = (-width % self.stride, -height % self.stride)
-        if any(pad):
-            images = F.pad(images, (0, pad[0], 0, pad[1]), mode="replicate")
-        return self.quant_conv(self.encoder(images)).movedim(1, -1)  # a view under channels_last
+    def levels(self, codes: Tensor) -> list[Tensor]:
+        """`codes` grid by grid, each (B, *its grid, its K), the coarsest first; here there is one."""
+        return [codes]
 
-    def _images(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents.movedim(-1, 1)))
+    def pack(self, levels: Sequence[Tensor]) -> Tensor:
+        """The inverse of `levels`."""
+        (codes,) = levels
+        return codes
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return self.quantizer.encode(self.quant_conv(self.encoder(x)).movedim(1, -1))  # a view under channels_last
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self._generate(self.quantizer.decode(codes))
+
+    def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """The decoder's output, the codes and the quantizer's losses of padded `x`."""
+        quantized: Quantized = self.quantizer(self.quant_conv(self.encoder(x)).movedim(1, -1))
+        return self._generate(quantized.latents), quantized.codes, quantized.losses
+
+    def _generate(self, latents: Tensor, *given: Tensor) -> Tensor:
+        maps = latents.movedim(-1, 1)
+        return self.decoder(self.post_quant_conv(torch.cat([maps, *given], 1) if given else maps))
+
+    def _padded(self, images: Tensor) -> Tensor:
+        if images.ndim != 2 + self.axes or images.shape[1] != self.channels or not images.is_floating_point():
+            dtype, expected = str(images.dtype).removeprefix("torch."), INPUTS[self.axes].format(self.channels)
+            raise ValueError(f"expected float {expected}, got {tuple(images.shape)} {dtype}")
+        grid = self.grid(images.shape[2:])
+        if not self.training and not torch.compiler.is_compiling() and not bool(images.isfinite().all()):
+            count = int((~images.isfinite()).sum())
+            raise ValueError(f"expected finite values, got {count} of {images.numel()} that are NaN or infinite")
+        whole = [lead + (g - lead) * s for g, s, lead in zip(grid, self.strides, self.leads, strict=True)]
+        pad = [n - have for n, have in zip(whole, images.shape[2:], strict=True)]
+        return F.pad(images, [p for n in reversed(pad) for p in (0, n)], mode="replicate") if any(pad) else images
+
+    def _cropped(self, output: Tensor, size: Sequence[int]) -> Tensor:
+        if len(size) != self.axes:
+            raise ValueError(f"expected a size of {self.axes} axes, got {tuple(size)}")
+        return output[(..., *(slice(n) for n in size))]
+
+    def _shown(self, output: Tensor) -> Tensor:
+        return output if self.pixels is None else self.pixels.image(output)  # type: ignore[operator]
+
+
+class HierarchicalTokenizer(Tokenizer):
+    """Codes on grids of several resolutions, the fine conditioned on the coarse (VQ-VAE-2, arXiv 1906.00446).
+
+    `top` is a tokenizer of the encoder's feature maps, itself hierarchical for three grids or more. The features that
+    it decodes stand beside the encoder's where the fine level is quantized and beside its codes where it is decoded, so
+    the decoder sees the codes of every level.
+
+    Codes are packed at the positions of the coarsest grid, (B, *coarsest grid, K), so that datasets, statistics and
+    priors need not know of levels: first the codes of `top`, then those of the r x r fine positions inside it in
+    row-major order, r the stride of `top` and each position's codes side by side. With one code per level,
+    K = 1 + r^2; three grids of r = 2 each: 1 + 4 + 16. `levels` unpacks. The losses of `top` are called top_<name>.
+
+    Args:
+        encoder, quantizer, decoder, pixels: of the finest level, as for `Tokenizer`; `lead` must be 0.
+        top: its `channels` are the encoder's `latent`; its decoder may have any `out_channels`. It has no `pixels`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        quantizer: Quantizer,
+        decoder: nn.Module,
+        top: Tokenizer,
+        pixels: nn.Module | None = None,
+    ):
+        super().__init__(encoder, quantizer, decoder, pixels)
+        if top.channels != encoder.latent or top.axes != self.axes:
+            raise ValueError(
+                f"top must take the encoder's {encoder.latent} channels on {self.axes} axes, "
+                f"got a tokenizer of {top.channels} channels on {top.axes}"
+            )
+        if any(self.leads + top.leads) or top.pixels is not None:
+            raise ValueError("in a hierarchy no level may have a lead, and only the finest pixels")
+        self.top = top
+        self.strides = tuple(s * r for s, r in zip(self.strides, top.strides, strict=True))
+        self._fit(int(top.decoder.out_channels))  # type: ignore[arg-type]
+
+    @property
+    def vocab(self) -> tuple[int, ...]:
+        return self.top.vocab + self.quantizer.vocab * math.prod(self.top.strides)
+
+    def levels(self, codes: Tensor) -> list[Tensor]:
+        """`codes` grid by grid, each (B, *its grid, its K), the coarsest first."""
+        above = len(self.top.vocab)
+        fine = codes[..., above:].unflatten(-1, (*self.top.strides, -1))  # (B, *grid, *r, K)
+        n = self.axes
+        fine = fine.permute(0, *(i for axis in range(1, n + 1) for i in (axis, axis + n)), -1)
+        for axis in range(1, n + 1):
+            fine = fine.flatten(axis, axis + 1)
+        return [*self.top.levels(codes[..., :above]), fine]
+
+    def pack(self, levels: Sequence[Tensor]) -> Tensor:
+        """The inverse of `levels`."""
+        fine, n = levels[-1], self.axes
+        for axis, r in enumerate(self.top.strides):
+            fine = fine.unflatten(1 + 2 * axis, (-1, r))  # (B, h, r, w, r, K)
+        fine = fine.permute(0, *range(1, 2 * n, 2), *range(2, 2 * n + 1, 2), -1).flatten(n + 1)
+        return torch.cat([self.top.pack(levels[:-1]), fine], -1)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        features = self.encoder(x)
+        above = self.top._encode(features)
+        z = self.quant_conv(torch.cat([features, self.top._decode(above)], 1)).movedim(1, -1)
+        return self.pack([*self.top.levels(above), self.quantizer.encode(z)])
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        *_, fine = self.levels(codes)
+        return self._generate(self.quantizer.decode(fine), self.top._decode(codes[..., : len(self.top.vocab)]))
+
+    def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        features = self.encoder(x)
+        given, above, losses = self.top._reconstruct(features)
+        quantized: Quantized = self.quantizer(self.quant_conv(torch.cat([features, given], 1)).movedim(1, -1))
+        codes = self.pack([*self.top.levels(above), quantized.codes])
+        named = {f"top_{name}": loss for name, loss in losses.items()}
+        return self._generate(quantized.latents, given), codes, {**quantized.losses, **named}
+
+
+class Palette(Tokenizer):
+    """The nearest of `size` colours for every pixel: a tokenizer without a network (iGPT, Chen et al. 2020).
+
+    Training starts from k-means over the first batch and goes on by the gradient of the `codebook` loss, which is the
+    objective of k-means, so it trains like any other tokenizer; weigh `commitment` 0, for there is no encoder.
+    """
+
+    def __init__(self, size: int = 512, channels: int = 3):
+        super().__init__(_Pixels(channels), VQ(size, channels, update="gradient"), _Pixels(channels))
+        self.size = size
+        self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+
+
+class _Pixels(nn.Identity):
+    """An encoder or decoder that leaves the image as it is."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.in_channels = self.out_channels = self.latent = channels
+        self.stride = 1
+
+
+def _strides(network: nn.Module, axes: int) -> tuple[int, ...]:
+    stride: Any = network.stride
+    strides = (stride,) * axes if isinstance(stride, int) else tuple(stride)
+    if len(strides) != axes:
+        raise ValueError(f"a stride is one number or one for each of {axes} axes, got {stride}")
+    return strides

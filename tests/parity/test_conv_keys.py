@@ -1,11 +1,13 @@
-"""The convolutional autoencoder carries the key names and shapes of the published VQGAN checkpoints."""
+"""The convolutional autoencoders carry the key names and shapes of the published VQGAN checkpoints."""
 
 from __future__ import annotations
 
+import pytest
+
 from latticode.registry import build
 
-# f=16, 128 channels x (1, 1, 2, 2, 4), attention at the lowest resolution: a few keys of each kind, and their number.
-PUBLISHED = {
+# taming-transformers, f=16, 128 channels x (1, 1, 2, 2, 4), attention at the lowest resolution: a few of each kind.
+TAMING = {
     "encoder.conv_in.weight": (128, 3, 3, 3),
     "encoder.down.0.block.0.norm1.weight": (128,),
     "encoder.down.0.downsample.conv.weight": (128, 128, 3, 3),
@@ -22,17 +24,42 @@ PUBLISHED = {
     "decoder.up.1.upsample.conv.weight": (128, 128, 3, 3),
     "decoder.conv_out.weight": (3, 128, 3, 3),
 }
-TENSORS = {"encoder": 144, "decoder": 194}
+# maskgit-vqgan, f=16: the same without attention and without most biases.
+MASKGIT = {
+    "encoder.conv_in.weight": (128, 3, 3, 3),
+    "encoder.down.0.block.0.norm1.bias": (128,),
+    "encoder.down.2.block.0.conv1.weight": (256, 128, 3, 3),
+    "encoder.down.2.block.0.nin_shortcut.weight": (256, 256, 1, 1),
+    "encoder.mid.1.conv2.weight": (512, 512, 3, 3),
+    "encoder.norm_out.weight": (512,),
+    "encoder.conv_out.weight": (256, 512, 1, 1),
+    "encoder.conv_out.bias": (256,),
+    "decoder.conv_in.weight": (512, 256, 3, 3),
+    "decoder.conv_in.bias": (512,),
+    "decoder.mid.0.norm2.weight": (512,),
+    "decoder.up.1.block.0.nin_shortcut.weight": (128, 128, 1, 1),
+    "decoder.up.1.upsample_conv.weight": (128, 128, 3, 3),
+    "decoder.up.4.upsample_conv.bias": (512,),
+    "decoder.up.4.block.1.conv1.weight": (512, 512, 3, 3),
+    "decoder.conv_out.weight": (3, 128, 3, 3),
+    "decoder.conv_out.bias": (3,),
+}
+CASES = {  # the options, keys of each kind, and the number of tensors
+    "conv": ({"attention": [4]}, TAMING, {"encoder": 144, "decoder": 194}),
+    "maskgit": ({}, MASKGIT, {"encoder": 79, "decoder": 88}),
+}
 
 
-def test_keys_and_shapes() -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_keys_and_shapes(name: str) -> None:
+    options, published, tensors = CASES[name]
     spec = {
         "type": "tokenizer",
-        "encoder": {"type": "conv_encoder", "attention": [4]},
+        "encoder": {"type": f"{name}_encoder", **options},
         "quantizer": {"type": "fsq", "levels": [8, 5, 5, 5]},
-        "decoder": {"type": "conv_decoder", "attention": [4]},
+        "decoder": {"type": f"{name}_decoder", **options},
     }
     ours = {k: tuple(v.shape) for k, v in build(spec).state_dict().items()}
-    assert {k: ours.get(k) for k in PUBLISHED} == PUBLISHED
-    for part, count in TENSORS.items():
+    assert {k: ours.get(k) for k in published} == published
+    for part, count in tensors.items():
         assert sum(k.startswith(f"{part}.") for k in ours) == count

@@ -109,6 +109,10 @@ class ConvDecoder(nn.Module):
         self.norm_out = group_norm(here, groups)
         self.conv_out = nn.Conv2d(here, out_channels, 3, padding=1)
 
+    @property
+    def last_layer(self) -> Tensor:
+        return self.conv_out.weight
+
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(channels_last(z)))
         for level in reversed(self.up):  # type: ignore[arg-type]
