@@ -2,19 +2,24 @@
 
 An objective is built from a spec like any module, so it can own networks that the trained model does not (a critic).
 `players` names the modules that are optimized; `turns` yields one (player, unweighted loss terms) after another, and
-the engine weighs, backpropagates into that player alone and steps. A generator may share one forward between turns.
+the engine weighs, backpropagates into that player alone and steps. A generator may share one forward between turns. A
+turn whose terms carry no gradient trains nothing: so a player that joins later yields zeros under its terms' names.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.losses import PIXEL_TERMS
+from latticode.losses import TERMS
+from latticode.losses.adversarial import ADVERSARIAL_LOSSES, LeCam, adaptive_weight, r1_penalty
+from latticode.losses.perceptual import Perceptual
 from latticode.registry import SpecError, nearest
 from latticode.types import Batch, CodeBatch, Conditioning
 
@@ -22,6 +27,22 @@ Turn = tuple[str, Mapping[str, Tensor]]
 
 
 class Objective(nn.Module, ABC):
+    """Beside the turns, what the engine and an objective tell each other:
+
+    `weights`: the recipe's, set by the engine, for an objective that must know how its terms will be weighed.
+    `notes`: after the turns, scalars that are worth logging and that nobody optimizes.
+    `facts`: what a reader of the run must know of the objective, for run.json.
+    `critic_from`: the step from which a critic moves the model; the engine looks at held-out images there.
+    """
+
+    critic_from: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: Mapping[str, float] = {}
+        self.notes: dict[str, Tensor] = {}
+        self.facts: dict[str, Any] = {}
+
     @abstractmethod
     def players(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to optimize by name; the trained model is the first."""
@@ -32,21 +53,132 @@ class Objective(nn.Module, ABC):
 
 
 class ReconstructionObjective(Objective):
-    """A tokenizer's: pixel losses by name (`l1`, `mse`) and whatever losses its quantizer returns."""
+    """A tokenizer's: what it makes of the input against the input, and whatever losses it returns itself.
 
-    def __init__(self, terms: Sequence[str] = ("mse",)):
+    Args:
+        terms: losses by name (`l1`, `mse`, `stft`, ... of `latticode.losses`), each a term of that name.
+        perceptual: the term `perceptual`.
+        adversarial: a critic, the second player, and the term `adversarial`. The critic's turn comes first, on the
+            same reconstructions.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[str] = ("mse",),
+        perceptual: Perceptual | None = None,
+        adversarial: Adversarial | None = None,
+    ):
         super().__init__()
         for name in terms:
-            if name not in PIXEL_TERMS:
-                raise SpecError(f"unknown pixel loss {name!r}{nearest(name, PIXEL_TERMS)}")
-        self.terms = list(terms)
+            if name not in TERMS:
+                raise SpecError(f"unknown loss {name!r}{nearest(name, TERMS)}")
+        self.terms, self.perceptual, self.adversarial = list(terms), perceptual, adversarial
+        if perceptual is not None:
+            self.facts["perceptual"] = perceptual.name
+        if adversarial is not None:
+            self.facts["critic_from"] = self.critic_from = adversarial.start + adversarial.warmup
 
     def players(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {"tokenizer": model}
+        if self.adversarial is None:
+            return {"tokenizer": model}
+        if self.adversarial.adaptive:
+            last_layer(model)
+        return {"tokenizer": model, "critic": self.adversarial.critic}
 
     def turns(self, model: Any, batch: Batch, step: int) -> Iterator[Turn]:
-        result = model(batch.inputs)
-        yield "tokenizer", {n: PIXEL_TERMS[n](result.output, batch.inputs) for n in self.terms} | dict(result.losses)
+        target, result = batch.inputs, model(batch.inputs)
+        if self.adversarial is not None:
+            yield "critic", self.adversarial.judged(target, result.output.detach(), step)
+        terms = {name: TERMS[name](result.output, target) for name in self.terms} | dict(result.losses)
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(result.output, target)
+        if self.adversarial is not None:
+            others = torch.stack([self.weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+            terms["adversarial"] = self.adversarial.persuasion(model, result.output, others, step)
+            self.notes = self.adversarial.notes
+        yield "tokenizer", terms
+
+
+class Adversarial(nn.Module):
+    """A critic, how it learns and how it is listened to.
+
+    Its terms: `critic`, its loss; `r1` and `lecam` if asked for. The tokenizer's term `adversarial` is its loss times
+    the adaptive weight and the ramp. Noted are `adaptive_weight` and the critic's mean logits, `logits_real` and
+    `logits_fake`: once they stay far apart, the critic has won and teaches nothing.
+
+    Args:
+        critic: images (B, C, H, W) to logits (B, ...), high for real ones.
+        loss: "hinge" or "non_saturating".
+        start: the step at which the critic begins to learn; until then all terms are 0.
+        warmup: steps that the critic then learns alone.
+        ramp: steps over which its weight then grows to 1, linearly.
+        adaptive: scale the term so that its gradient at the decoder's last layer is as long as that of all other
+            terms, weighted (`latticode.losses.adversarial.adaptive_weight`).
+        r1_every: take R1 every so many of the critic's steps, and then that many times as much (lazily: Karras et al.
+            2020, arXiv 1912.04958, B); 0: never. It is computed without half precision.
+        lecam: LeCAM's regularisation (`latticode.losses.adversarial.LeCam`).
+    """
+
+    def __init__(
+        self,
+        critic: nn.Module,
+        loss: str = "hinge",
+        start: int = 0,
+        warmup: int = 0,
+        ramp: int = 0,
+        adaptive: bool = True,
+        r1_every: int = 0,
+        lecam: bool = False,
+    ):
+        super().__init__()
+        if loss not in ADVERSARIAL_LOSSES:
+            raise SpecError(f"unknown adversarial loss {loss!r}{nearest(loss, ADVERSARIAL_LOSSES)}")
+        for name, value in (("start", start), ("warmup", warmup), ("ramp", ramp), ("r1_every", r1_every)):
+            if value < 0:
+                raise SpecError(f"{name} must be >= 0 steps, got {value}")
+        self.critic, self.loss, self.start, self.warmup, self.ramp = critic, loss, start, warmup, ramp
+        self.adaptive, self.r1_every, self.lecam = adaptive, r1_every, lecam
+        self.means = LeCam() if lecam else None
+        self.notes: dict[str, Tensor] = {}
+
+    def judged(self, real: Tensor, fake: Tensor, step: int) -> dict[str, Tensor]:
+        """The critic's terms on images that carry no gradient."""
+        off = torch.zeros((), device=real.device)
+        terms = {"critic": off} | ({"r1": off} if self.r1_every else {}) | ({"lecam": off} if self.lecam else {})
+        if step < self.start:
+            return terms
+        penalized = bool(self.r1_every) and (step - self.start) % self.r1_every == 0
+        with torch.autocast(real.device.type, enabled=False) if penalized else nullcontext():
+            images = real.detach().requires_grad_(penalized)
+            on_real = self.critic(images).float()
+            if penalized:
+                terms["r1"] = self.r1_every * r1_penalty(on_real, images)
+        on_fake = self.critic(fake).float()
+        terms["critic"] = ADVERSARIAL_LOSSES[self.loss].critic(on_real, on_fake)
+        if self.means is not None:
+            terms["lecam"] = self.means(on_real, on_fake)
+        self.notes = {"logits_real": on_real.detach().mean(), "logits_fake": on_fake.detach().mean()}
+        return terms
+
+    def persuasion(self, model: nn.Module, output: Tensor, others: Tensor, step: int) -> Tensor:
+        """The tokenizer's term for its `output`; `others` is the weighted sum of its other terms."""
+        heard = step - self.start - self.warmup
+        if heard < 0:
+            return torch.zeros((), device=output.device)
+        term = ADVERSARIAL_LOSSES[self.loss].generator(self.critic(output).float())
+        if self.adaptive:
+            self.notes["adaptive_weight"] = adaptive_weight(others, term, last_layer(model))
+            term = self.notes["adaptive_weight"] * term
+        return term * min(1.0, (heard + 1) / self.ramp) if self.ramp else term
+
+
+def last_layer(model: Any) -> Tensor:
+    """The weight that a tokenizer's output comes from. Raises ValueError if there is none or it is frozen."""
+    layer = getattr(model.decoder, "last_layer", None)
+    if layer is None or not layer.requires_grad:
+        what = "no last_layer" if layer is None else "a frozen last layer"
+        raise ValueError(f"{type(model.decoder).__name__} has {what}, so give adversarial.adaptive=false")
+    return layer
 
 
 class PriorObjective(Objective):

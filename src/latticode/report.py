@@ -35,6 +35,13 @@ LABELS = {
     "entropy_bits": "Entropy of the codes, bits",
     "bits_per_token": "Bits per token",
     "compression_cost_uniform": "log2 of the codebook (bits per token)",
+    "si_sdr": "SI-SDR, dB",
+    "mel_distance": "Log-mel distance",
+    "stft_distance": "Multi-resolution STFT distance",
+    "temporal_error": "Error of the changes from frame to frame, 8-bit steps",
+    "temporal_change": "Change from frame to frame of the originals, 8-bit steps",
+    "tokens_per_second": "Tokens per second",
+    "bits_per_second": "Bits per second",
     "bits_per_pixel": "Bits per pixel",
     "compression_cost": "Compression cost, bits per token",
     "tokens_per_image": "Tokens per image",
@@ -42,7 +49,8 @@ LABELS = {
     "label_accuracy_real": "Real images recognized as their label, %",
     "samples_per_second": "Samples per second",
     "seconds": "Time",
-    "count": "Images",
+    "critic_from": "Critic moves the tokenizer from step",
+    "count": "Examples",
 }
 PERCENTAGES = {"usage", "label_accuracy", "label_accuracy_real"}
 FEATURE_LABELS = {"rfid": "rFID", "fid": "FID", "precision": "Precision", "recall": "Recall"}  # of <name>_<network>
@@ -91,6 +99,7 @@ def run_sections(run_folder: Path) -> list[Section]:
     if evaluation:
         sections += list(_evaluation_sections(evaluation))
     if lines := read_metrics(run_folder / "metrics.jsonl"):
+        sections += _critic_sections(lines, _read_object(run_folder / "run.json").get("critic_from"))
         sections.append(_curves_section(lines))
     if (config := run_folder / "config.yaml").is_file():
         sections.append(Section("Configuration", folded=config.read_text(encoding="utf-8"), id="configuration"))
@@ -182,6 +191,29 @@ def _curves_section(lines: Mapping[str, figures.Series]) -> Section:
         title = f"{lone} {name}".strip().replace("_", " ")
         pictures.append(Picture(figures.curves(title, panels[name], log=not _is_schedule(name)), width="half"))
     return Section("Training", pictures=pictures)
+
+
+def _critic_sections(lines: Mapping[str, figures.Series], critic_from: Any) -> Iterator[Section]:
+    """What became of the reconstructions once a critic moved the tokenizer, in a sentence with the numbers."""
+    looks = list(zip(*lines.get("val/psnr", ((), ())), strict=True))
+    if not _is_number(critic_from) or not looks or looks[-1][0] <= critic_from:
+        return
+    last, after = looks[-1]
+    earlier = [(step, value) for step, value in looks if step <= critic_from]
+    if not earlier:
+        text = (
+            f"PSNR of the watched held-out images was {after:.2f} dB at step {last:,.0f}. It is not known from before "
+            f"step {critic_from:,}, from which on the critic moved the tokenizer, so its effect is not known either."
+        )
+    else:
+        step, before = earlier[-1]
+        verdict = "worse" if after < before else "better"
+        text = (
+            f"By PSNR, reconstructions are {abs(after - before):.2f} dB {verdict} than before the critic moved the "
+            f"tokenizer (from step {critic_from:,} on): {before:.2f} dB at step {step:,.0f}, {after:.2f} dB at step "
+            f"{last:,.0f}, on the watched held-out images."
+        )
+    yield Section("Since the critic joined", text)
 
 
 def _is_schedule(name: str) -> bool:

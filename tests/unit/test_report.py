@@ -113,7 +113,7 @@ def test_report_shows_every_number_with_its_protocol(page):
     table = {html.unescape(k): v for k, v in re.findall(r'<tr><td>(.*?)</td><td class="number">(.*?)</td>', page)}
     assert table["PSNR, dB"] == "27.35"
     assert table["Codes used, %"] == "99.8"
-    assert table["Images"] == "12,345"
+    assert table["Examples"] == "12,345"
     assert table["rFID (classifier), real images"] == "3.25"
     assert table[f"Mystery {HOSTILE}"] == "0.000123"
     assert table["Nested deep value"] == "77"

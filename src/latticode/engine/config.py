@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+)
 
 from latticode import registry
-from latticode.data.transforms import Preprocess
+from latticode.data import AudioPreprocess, Preparation, Preprocess, VideoPreprocess
 from latticode.registry import SpecError, nearest
 
 
@@ -36,28 +48,73 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-class DataConfig(_Section):
-    """Where the images come from and how they are brought to one shape."""
+class DataConfig(_Section, ABC):
+    """Where the examples come from and how they are brought to one shape; `kind` says what they are."""
 
     source: str
     split: Literal["train", "test", "all"] = "train"
     holdout: float = Field(
         default=0.1, gt=0, lt=1, description="share kept for testing where the source has no test split"
     )
+    workers: NonNegativeInt = 2
+
+    @abstractmethod
+    def _preparation(self) -> Preparation: ...
+
+    def preprocess(self) -> Preparation:
+        try:
+            return self._preparation()
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from None
+
+
+class ImageData(DataConfig):
+    kind: Literal["image"] = "image"
     size: PositiveInt | None = None
     channels: Literal[1, 3] = 3
     resize: str = "bicubic"
     crop: str = "center"
     flip: bool = False
-    workers: NonNegativeInt = 2
 
-    def preprocess(self) -> Preprocess:
-        try:
-            return Preprocess(
-                size=self.size, channels=self.channels, resize=self.resize, crop=self.crop, flip=self.flip
-            )
-        except ValueError as error:
-            raise ConfigError(f"data: {error}") from None
+    def _preparation(self) -> Preparation:
+        return Preprocess(self.size, self.channels, self.resize, self.crop, self.flip)
+
+
+class AudioData(DataConfig):
+    kind: Literal["audio"]
+    rate: PositiveInt = Field(description="samples per second; others are resampled")
+    length: PositiveInt | None = Field(default=None, description="training window in samples")
+    channels: Literal[1, 2] = 1
+
+    def _preparation(self) -> Preparation:
+        return AudioPreprocess(self.rate, self.length, self.channels)
+
+
+class VideoData(DataConfig):
+    kind: Literal["video"]
+    size: PositiveInt | None = None
+    frames: PositiveInt | None = Field(default=None, description="training window in frames")
+    channels: Literal[1, 3] = 3
+    resize: str = "bicubic"
+    crop: str = "center"
+    flip: bool = False
+    fps: PositiveFloat = 25.0
+
+    def _preparation(self) -> Preparation:
+        return VideoPreprocess(self.size, self.frames, self.channels, self.resize, self.crop, self.flip, self.fps)
+
+
+def _kind_of(data: Any) -> Any:
+    return data.get("kind", "image") if isinstance(data, Mapping) else getattr(data, "kind", None)
+
+
+DATA: dict[str, type[DataConfig]] = {"image": ImageData, "audio": AudioData, "video": VideoData}
+Data = Annotated[
+    Annotated[ImageData, Tag("image")] | Annotated[AudioData, Tag("audio")] | Annotated[VideoData, Tag("video")],
+    Discriminator(
+        _kind_of, custom_error_type="kind", custom_error_message=f"data.kind must be one of {', '.join(DATA)}"
+    ),
+]
 
 
 class OptimizerConfig(_Section):
@@ -76,13 +133,18 @@ class RunConfig(_Section):
     """A whole run. What is trained is the prior if there is one, else the classifier, else the tokenizer."""
 
     about: str = ""
-    data: DataConfig
+    data: Data
     tokenizer: dict[str, Any] | str | None = None
     prior: dict[str, Any] | None = None
     classifier: dict[str, Any] | None = None
     objective: dict[str, Any]
     weights: dict[str, float]
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    optimizers: dict[str, OptimizerConfig] = Field(
+        default_factory=dict, description="by player, e.g. critic, where it differs from `optimizer`"
+    )
+    init_from: str | None = Field(default=None, description="run whose weights, and critic, training starts from")
+    train_only: list[str] = Field(default_factory=list, description="parts of the model, e.g. decoder; others freeze")
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 64
     accumulate: PositiveInt = 1
@@ -157,6 +219,12 @@ def validate(content: Mapping[str, Any]) -> RunConfig:
     """The run that `content` describes. Raises ConfigError naming every wrong key with the nearest valid ones."""
     if content.get("prior") is not None and not isinstance(content.get("tokenizer"), str):
         raise ConfigError("a prior needs a trained tokenizer: give tokenizer=FOLDER of its run")
+    if content.get("train_only") and not content.get("init_from"):
+        raise ConfigError("train_only freezes what is already trained: give init_from=RUN too")
+    shared, players = content.get("optimizer", {}), content.get("optimizers")
+    if isinstance(shared, Mapping) and isinstance(players, Mapping):
+        own = {name: {**shared, **value} if isinstance(value, Mapping) else value for name, value in players.items()}
+        content = {**content, "optimizers": own}
     try:
         config = RunConfig.model_validate(content)
     except ValidationError as error:
@@ -167,12 +235,17 @@ def validate(content: Mapping[str, Any]) -> RunConfig:
 
 
 def _explain(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+    section: type[BaseModel] = RunConfig
+    parts = list(error["loc"])
+    if parts[0] == "data" and len(parts) > 1:  # pydantic puts the kind between
+        section = DATA[parts.pop(1)]
+    elif parts[0] == "optimizers":
+        section = OptimizerConfig
+    elif len(parts) > 1:
+        section = RunConfig.model_fields[parts[0]].annotation  # type: ignore[assignment]
+    place = ".".join(str(part) for part in parts)
     if error["type"] == "extra_forbidden":
-        section: type[BaseModel] = RunConfig
-        for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation  # type: ignore[assignment]
-        return f"unknown key {place!r}{nearest(str(error['loc'][-1]), section.model_fields)}"
+        return f"unknown key {place!r}{nearest(str(parts[-1]), section.model_fields)}"
     if error["type"] == "missing":
         return f"missing key {place!r}"
     return f"{place}: {error['msg']}, got {error['input']!r}"
@@ -190,8 +263,8 @@ def complete(config: RunConfig, *, classes: int, vocab: Iterable[int] = (), grid
         "grid": list(grid),
     }
     try:
-        content[config.kind] = _fill(content[config.kind], known)
         for key in (config.kind, "objective"):
+            content[key] = _fill(content[key], known)
             registry.check(content[key], key)
     except SpecError as error:
         raise ConfigError(str(error)) from None
@@ -228,16 +301,18 @@ FREE_ON_RESUME = {"about", "steps", "log_every", "picture_every", "save_every"}
 
 def check_resumed(config: RunConfig, folder: Path) -> None:
     """Raise ConfigError if the run in `folder` was begun under another configuration, naming the keys that differ."""
-    old, new = (dict(_leaves(c.model_dump(mode="json"))) for c in (read_run(folder), config))
-    differ = [
-        k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k.split(".")[0] not in FREE_ON_RESUME
-    ]
-    differ = [k for k in differ if k != "data.workers"]
-    if differ:
-        changes = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ[:5])
+    old, new = (c.model_dump(mode="json", exclude=FREE_ON_RESUME) for c in (read_run(folder), config))
+    if changes := differences(old, new, free={"data.workers"}):
         raise ConfigError(
             f"{folder} was begun with another configuration, so it cannot be resumed with this one: {changes}"
         )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Container[str] = ()) -> str:
+    """The keys in which two nested mappings differ with both values, at most five; those in `free` may."""
+    there, now = dict(_leaves(old)), dict(_leaves(new))
+    keys = [k for k in sorted(there.keys() | now.keys()) if there.get(k) != now.get(k) and k not in free]
+    return "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys[:5])
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

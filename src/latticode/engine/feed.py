@@ -1,4 +1,4 @@
-"""What the loop eats: images for a tokenizer or classifier, codes for a prior, with their held-out part."""
+"""What the loop eats: examples for a tokenizer or classifier, codes for a prior, with their held-out part."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
     loader = open_loader(config, data.split, batch_size=config.batch_size, shard=True)
     held_out = open_loader(config, "all" if data.split == "all" else "test", batch_size=config.batch_size)
     classes = loader.source.classes
+    if config.kind == "classifier" and data.kind != "image":
+        raise ConfigError(f"a classifier takes images, and data.kind is {data.kind}")
     if config.kind == "classifier" and not classes:
         raise ConfigError(f"a classifier needs labels, and {data.source} has none")
     if config.kind != "prior":
@@ -45,12 +47,14 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
     tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
     if tokenizer.channels != data.channels:
         raise ConfigError(f"the tokenizer takes {tokenizer.channels} channels, data.channels is {data.channels}")
-    if data.size is None:
-        raise ConfigError("a prior needs images of one size: give data.size=PIXELS")
-    grid = tokenizer.grid((data.size, data.size))
+    preprocess = data.preprocess()
+    if preprocess.shape is None:
+        medium = preprocess.medium
+        raise ConfigError(f"a prior needs {medium.noun}s of one size: give data.{medium.sized}")
+    grid = tokenizer.grid(preprocess.shape[1:])
     if distributed.rank() == 0:
         tokenizer.save_pretrained(folder / "tokenizer")  # a run stands on its own
-    if data.flip or data.crop == "random":
+    if preprocess.flip or preprocess.windowed:
         batches, skipped = _encoding(loader, tokenizer, device), loader.skipped
     else:
         if distributed.rank() == 0:
@@ -64,11 +68,13 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
     return Feed(batches, held_out.epoch, skipped, classes, tokenizer.vocab, grid, tokenizer)
 
 
-def open_loader(config: RunConfig, split: str, *, batch_size: int, shard: bool = False) -> Loader:
-    """The images of `split` under the run's preprocessing; `shard` gives every rank its part."""
+def open_loader(config: RunConfig, split: str, *, batch_size: int, shard: bool = False, whole: bool = False) -> Loader:
+    """The examples of `split` under the run's preprocessing; `shard` gives every rank its part, `whole` takes
+    recordings and clips from beginning to end."""
+    preprocess = config.data.preprocess()
     return Loader(
-        open_source(config.data.source, split, holdout=config.data.holdout),
-        config.data.preprocess(),
+        open_source(config.data.source, split, holdout=config.data.holdout, medium=preprocess.medium),
+        preprocess.whole() if whole else preprocess,
         batch_size,
         seed=config.seed,
         rank=distributed.rank() if shard else 0,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from latticode import distributed, registry
 from latticode.engine.checkpoint import cut_lines, load_state, save_state, saved_step
 from latticode.engine.config import ConfigError, OptimizerConfig, RunConfig, check_resumed, complete, to_yaml
 from latticode.engine.feed import open_feed
+from latticode.engine.finetune import Parts, start_from
 from latticode.engine.monitor import Monitor
 from latticode.engine.progress import progress
 from latticode.engine.tally import Tally, TrainingError
@@ -32,6 +33,7 @@ from latticode.files import write_text
 from latticode.objectives import Objective
 from latticode.pretrained import save_model
 from latticode.quantizers import accumulating
+from latticode.registry import nearest
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -49,6 +51,14 @@ def weigh(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     if unweighted:
         raise ConfigError(f"no weight for the loss terms {', '.join(unweighted)}; weights: {dict(weights)}")
     return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+
+
+def settings_of(config: RunConfig, players: Iterable[str]) -> dict[str, OptimizerConfig]:
+    """Every player's optimizer. Raises ConfigError for settings of one that does not play."""
+    for name in config.optimizers:
+        if name not in players:
+            raise ConfigError(f"optimizers: no player {name!r}{nearest(name, players)}")
+    return {name: config.optimizers.get(name, config.optimizer) for name in players}
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -79,14 +89,16 @@ class Average:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model with averaged weights and in eval mode, for the time of the block."""
-        training, raw = self.model.training, {k: v.clone() for k, v in self.model.state_dict().items()}
+        raw = {k: v.clone() for k, v in self.model.state_dict().items()}
+        modes = {module: module.training for module in self.model.modules()}
         self.model.load_state_dict(self.weights())
         self.model.eval()
         try:
             yield
         finally:
             self.model.load_state_dict(raw)
-            self.model.train(training)
+            for module, training in modes.items():
+                module.training = training
 
 
 class Interrupt:
@@ -139,16 +151,24 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     torch.manual_seed(config.seed)
     model = registry.build(config.model).to(accelerator.device)
     objective: Objective = registry.build(config.objective).to(accelerator.device)
-    for tensor in [*model.parameters(), *model.buffers(), *objective.parameters()]:
-        distributed.broadcast(tensor.data)
+    objective.weights = config.weights
+    parts = Parts(model, config.train_only)
     players = objective.players(model)
+    if config.init_from and not saved_step(folder):
+        for name, restored in start_from(Path(config.init_from), model, objective, players).items():
+            if main:
+                told = "goes on from" if restored else "starts afresh, not from"
+                console.print(f"{name}: {told} {config.init_from}", markup=False, soft_wrap=True)
+    for tensor in [*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()]:
+        distributed.broadcast(tensor.data)
+    settings = settings_of(config, players)
     optimizers = {
         name: accelerator.prepare(
             torch.optim.AdamW(
                 (p for p in player.parameters() if p.requires_grad),
-                lr=config.optimizer.lr,
-                betas=config.optimizer.betas,
-                weight_decay=config.optimizer.weight_decay,
+                lr=settings[name].lr,
+                betas=settings[name].betas,
+                weight_decay=settings[name].weight_decay,
                 fused=True,
             )
         )
@@ -173,7 +193,12 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
             save_state(folder, modules, optimizers, average.tensors, metadata)
             save_model(model, folder, average.weights())
 
-    model.train()
+    def look(step: int) -> None:
+        assert monitor is not None
+        with average.applied():
+            monitor.watch(step, model)
+
+    parts.train()
     objective.train()
     batches = feed.batches(start * config.accumulate)
     images = config.batch_size * config.accumulate * distributed.world_size()
@@ -186,9 +211,11 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     ):
         if start == 0:
             save(0)
+            if monitor and config.init_from:
+                look(0)
         for step in range(start, config.steps):
             torch.manual_seed(step_seed(config.seed, step, distributed.rank()))
-            rate, done = learning_rate(config.optimizer, step, config.steps), step + 1
+            rates, done = {n: learning_rate(s, step, config.steps) for n, s in settings.items()}, step + 1
             with accumulating(model):
                 for micro in range(config.accumulate):
                     last = micro == config.accumulate - 1
@@ -198,11 +225,14 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                         for player, terms in objective.turns(model, batch, step):
                             parameters = [p for p in players[player].parameters() if p.requires_grad]
                             loss = weigh(terms, config.weights) / config.accumulate
-                            accelerator.backward(loss, inputs=parameters)
-                            if last:
-                                _step(accelerator, optimizers[player], parameters, rate, config.optimizer.clip)
+                            if loss.requires_grad:
+                                accelerator.backward(loss, inputs=parameters)
+                                if last:
+                                    clip = settings[player].clip
+                                    _step(accelerator, optimizers[player], parameters, rates[player], clip)
                             seen |= terms.keys()
                             tally.add(terms, done, 1 / config.accumulate)
+                    tally.add(objective.notes, done, 1 / config.accumulate)
                     if unused := sorted(config.weights.keys() - seen):
                         raise ConfigError(
                             f"weights {', '.join(unused)} name no loss term; terms: {', '.join(sorted(seen))}"
@@ -219,12 +249,12 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                         elapsed = seconds + time.monotonic() - began
                         train_means = {f"train/{k}": v for k, v in means.items()}
                         speed = (done - start) * images / (time.monotonic() - began)
+                        rate = next(iter(rates.values()))  # the trained model's
                         monitor.log(done, {**train_means, "lr": rate, "seconds": elapsed, "images_per_second": speed})
             else:
                 advance(done)
-            if monitor and (done == config.steps or done % config.picture_every == 0):
-                with average.applied():
-                    monitor.watch(done, model)
+            if monitor and (done in (config.steps, objective.critic_from) or done % config.picture_every == 0):
+                look(done)
             if final or done % config.save_every == 0:
                 save(done)
             if interrupt.raised and done < config.steps:
@@ -238,6 +268,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
             "device": str(accelerator.device),
             "processes": distributed.world_size(),
             "torch": torch.__version__,
+            **objective.facts,
         }
         monitor.close(model, seconds + time.monotonic() - began, facts)
     accelerator.wait_for_everyone()

@@ -16,10 +16,9 @@ from latticode.engine.checkpoint import append_line
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import Feed
 from latticode.files import write_text
-from latticode.metrics.pixels import PixelMetrics
+from latticode.outputs import metrics_of, preview
 from latticode.pictures import grid_image, save_png, side_by_side
 from latticode.types import Conditioning
-from latticode.values import to_uint8
 
 PICTURED, SAMPLED = 16, 32
 
@@ -29,6 +28,7 @@ class Monitor:
 
     def __init__(self, config: RunConfig, folder: Path, feed: Feed, start: int):
         self.config, self.folder, self.feed = config, folder, feed
+        self.preprocess = config.data.preprocess()
         self.batch = next(feed.held_out(), None)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
@@ -47,19 +47,22 @@ class Monitor:
         batch = self.batch.to(next(model.parameters()).device)
         if self.config.kind == "tokenizer":
             result = model(batch.inputs)
-            pixels = PixelMetrics()
-            pixels.update(batch.inputs, result.output)
-            scores = pixels.compute()
-            values = {"psnr": scores["psnr"], "ssim": scores["ssim"]}
-            self._picture(step, "reconstructions", side_by_side(_bytes(batch.inputs), _bytes(result.output)))
+            metrics = metrics_of(self.preprocess)
+            metrics.update(batch.inputs, result.output)
+            scores = metrics.compute()
+            values = {name: scores[name] for name in metrics.shown}
+            above, columns = preview(batch.inputs[:PICTURED], self.preprocess)
+            below, _ = preview(result.output[:PICTURED], self.preprocess)
+            self._picture(step, "reconstructions", side_by_side(above, below, columns))
         elif self.config.kind == "prior":
             cond = Conditioning(batch.labels) if model.classes else None
             codes = self.feed.tokenizer.encode(batch.inputs)
             values = {"compression_cost": float(model.bits(codes, cond).mean()) / codes[0].numel()}
             labels = torch.arange(SAMPLED, device=batch.labels.device) % max(model.classes, 1)
             sampled = model.sample(SAMPLED, Conditioning(labels) if model.classes else None, seed=self.config.seed)
-            size = (self.config.data.size,) * 2
-            self._picture(step, "samples", grid_image(_bytes(self.feed.tokenizer.decode(sampled, size), SAMPLED), 8))
+            size = self.preprocess.shape[1:] if self.preprocess.shape else None
+            pictures, columns = preview(self.feed.tokenizer.decode(sampled, size), self.preprocess)
+            self._picture(step, "samples", grid_image(pictures, columns))
         else:
             values = {"accuracy": float((model(batch.inputs).argmax(1) == batch.labels).float().mean())}
         self.log(step, {f"val/{k}": v for k, v in values.items()})
@@ -80,7 +83,3 @@ class Monitor:
         }
         write_text(self.folder / "run.json", json.dumps(about, indent=2) + "\n")
         self.writer.close()
-
-
-def _bytes(images: torch.Tensor, count: int = PICTURED) -> Any:
-    return to_uint8(images[:count]).cpu().numpy()

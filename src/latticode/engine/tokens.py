@@ -1,4 +1,4 @@
-"""Images to a token dataset and back, with reading, network and writing side by side."""
+"""Images, recordings or clips to a token dataset and back, with reading, network and writing side by side."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def encode(tokenizer: Any, loader: Loader, folder: Path, *, console: Console, re
         vocab=tokenizer.vocab,
         preprocess=loader.preprocess.record(),
         classes=loader.source.classes,
+        ragged=loader.preprocess.shape is None,
         resume=resume,
     )
     device = next(tokenizer.parameters()).device
@@ -51,7 +52,7 @@ def encode(tokenizer: Any, loader: Loader, folder: Path, *, console: Console, re
             if pending:
                 pending.result()
             names = [loader.source.name_of(int(i)) for i in batch.indices]
-            sizes = [(batch.inputs.shape[-2], batch.inputs.shape[-1])] * len(names)
+            sizes = [tuple(batch.inputs.shape[2:])] * len(names)
             pending = pool.submit(writer.write, codes, batch.labels, names, sizes)
             done += len(names)
             advance(done)
@@ -63,7 +64,7 @@ def encode(tokenizer: Any, loader: Loader, folder: Path, *, console: Console, re
 
 
 def decode(tokenizer: Any, tokens: TokenDataset, batch_size: int = 64) -> Iterator[tuple[list[int], Tensor]]:
-    """(positions, images (B, C, H, W) in [-1, 1]) of a token dataset, cropped to the sizes that were encoded."""
+    """(positions, values (B, C, *size) in [-1, 1]) of a token dataset, cropped to the sizes that were encoded."""
     device = next(tokenizer.parameters()).device
     start = 0
     while start < len(tokens):
