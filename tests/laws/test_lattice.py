@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, library, nn
 
 from latticode import kernels
-from latticode.kernels import Lattice, reference, to_lattice
+from latticode.kernels import Lattice, native, reference, to_lattice
 from latticode.kernels import lattice as fast
 from latticode.kernels.grid import BOUNDS
 
@@ -39,6 +40,18 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # of (6, 10, 13, d)
     "transposed": lambda z: z.transpose(0, 2).contiguous().transpose(0, 2),
     "one row": lambda z: z.reshape(1, 780, -1),
 }
+
+
+@pytest.fixture(autouse=True, params=["fast", "portable"])
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with kernels.use(request.param):
+        yield
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_what_could_be_compiled_was():
+    assert native.available()
+    assert kernels._LATTICE["fast"] is native
 
 
 def draw(lattice: Lattice, *shape: int, seed: int = 0, scale: float = 1.5) -> Tensor:

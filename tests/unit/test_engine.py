@@ -20,7 +20,7 @@ from latticode.engine import ConfigError, TrainingError, load_config, train
 from latticode.engine.checkpoint import STATE
 from latticode.engine.config import OptimizerConfig
 from latticode.engine.loop import learning_rate
-from latticode.objectives import PIXEL_TERMS
+from latticode.objectives import TERMS
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tmp_path, monkeypatc
     config = tiny_config(quantizer)
     whole = train(config, tmp_path / "whole", console=QUIET)
     calls = 0
-    mse = PIXEL_TERMS["mse"]
+    mse = TERMS["mse"]
 
     def signalled(output, target):
         nonlocal calls
@@ -58,10 +58,10 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tmp_path, monkeypatc
             os.kill(os.getpid(), signal.SIGTERM)
         return mse(output, target)
 
-    monkeypatch.setitem(PIXEL_TERMS, "mse", signalled)
+    monkeypatch.setitem(TERMS, "mse", signalled)
     with pytest.raises(TrainingError, match=f"interrupted at step {stop} of 4, saved"):
         train(config, tmp_path / "cut", console=QUIET)
-    monkeypatch.setitem(PIXEL_TERMS, "mse", mse)
+    monkeypatch.setitem(TERMS, "mse", mse)
     torch.manual_seed(99)  # the state of the process must not matter
     assert same(train(config, tmp_path / "cut", resume=True, console=QUIET), whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
@@ -165,14 +165,14 @@ def test_half_precision_trains_and_its_weights_stay_float32(tmp_path, quantizer,
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch) -> None:
     calls = 0
-    mse = PIXEL_TERMS["mse"]
+    mse = TERMS["mse"]
 
     def failing(output, target):
         nonlocal calls
         calls += 1
         return mse(output, target) * (float("nan") if calls > 2 else 1)
 
-    monkeypatch.setitem(PIXEL_TERMS, "mse", failing)
+    monkeypatch.setitem(TERMS, "mse", failing)
     with pytest.raises(TrainingError, match="loss term mse was not finite at step 3;"):
         train(tiny_config(), tmp_path, console=QUIET)
     assert all(v.isfinite().all() for v in weights(tmp_path).values() if v.is_floating_point())
@@ -244,7 +244,7 @@ def test_schedule() -> None:
         (["data.channels=2"], "data.channels: "),
         (["data.crop=middle"], "data: .*middle"),
         (["tokenizer.quantizer.level=[8]"], "unknown key 'level' for type 'fsq'; nearest: levels"),
-        (["tokenizer.quantizer.type=fqs"], "unknown type 'fqs'; nearest: fsq"),
+        (["tokenizer.quantizer.type=fsqq"], "unknown type 'fsqq'; nearest: fsq"),
         (["tokenizer.quantizer={type: vq, size: 8}"], "type 'vq' lacks dim"),
     ],
 )

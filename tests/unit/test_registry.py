@@ -23,7 +23,7 @@ def test_every_entry_resolves_to_a_module(name: str) -> None:
         ({"type": "fsqq", "levels": [8]}, "unknown type 'fsqq'; nearest: fsq"),
         (
             {"type": "fsq", "level": [8]},
-            "unknown key 'level' for type 'fsq'; nearest: levels; valid: bound, levels, slope",
+            "unknown key 'level' for type 'fsq'; nearest: levels; valid: bound, factors, levels, noise, slope",
         ),
         ({"type": "fsq"}, "type 'fsq' lacks levels"),
         ({"type": "os:system"}, "unknown type 'os:system'"),
@@ -49,4 +49,4 @@ def test_a_class_of_the_users_own_joins_the_table(monkeypatch) -> None:
     monkeypatch.setitem(registry.TABLE, "mine", Mine)
     built = build({"type": "mine", "levels": [4, 4]})
     assert isinstance(built, Mine)
-    assert spec_of(built) == {"type": "mine", "levels": [4, 4], "bound": "paper", "slope": 2.0}
+    assert spec_of(built) == {**spec_of(FSQ([4, 4])), "type": "mine"}

@@ -1,0 +1,229 @@
+/* Finite scalar quantization in one pass over memory; grid.py has the formulas, native.py the calls.
+
+   Every operation rounds once and alike in vector and scalar code (compiled without contraction to fused
+   multiply-add), so a value has the same bits at every place of every layout. Positions come from a sigmoid that is off
+   by a few units in the last place; rows in which one lies close to the edge of a bin are done again by the exact
+   formula, with tanh in double. */
+
+#include <math.h>
+#include <stdint.h>
+
+#define ROW 512      /* numbers of one row of whole tokens, at most */
+#define CHANNELS 64  /* at most */
+
+#if defined(_MSC_VER)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define VECTORS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VECTORS
+#endif
+#if defined(__GNUC__)
+#define INSIDE static inline __attribute__((always_inline)) /* so that it is compiled for each set of vectors */
+#else
+#define INSIDE static inline
+#endif
+
+/* Constants of each column: rows of `stride` numbers, in the order of native.py. */
+typedef struct {
+  const float *lean, *scale, *offset, *slope, *shift, *gain, *base, *zero, *top, *width, *clear;
+} Columns;
+
+INSIDE Columns columns(const float *table, int64_t stride, int64_t start) {
+  const float *t = table + start;
+  Columns c = {t,
+               t + stride,
+               t + 2 * stride,
+               t + 3 * stride,
+               t + 4 * stride,
+               t + 5 * stride,
+               t + 6 * stride,
+               t + 7 * stride,
+               t + 8 * stride,
+               t + 9 * stride,
+               t + 10 * stride};
+  return c;
+}
+
+INSIDE float sigmoid(float u) {
+  float size = fabsf(u);
+  size = size > 87.0f ? 87.0f : size;
+  float t = size * -1.44269504f, whole = rintf(t), f = t - whole; /* exp(-size) = 2^whole 2^f */
+  float p = 1.5403530e-4f;
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  union {
+    int32_t bits;
+    float value;
+  } power;
+  power.bits = (int32_t)((uint32_t)((int32_t)whole + 127) << 23);
+  float small = p * power.value, share = 1.0f / (1.0f + small);
+  return u < 0 ? small * share : share;
+}
+
+/* The digit at activation a in column k, and whether it is near an edge, or a NaN. */
+INSIDE float place(float a, Columns c, int64_t k, int *near) {
+  float p = a * c.scale[k] + c.offset[k];
+  p = p < 0.0f ? 0.0f : p;
+  p = p > c.top[k] ? c.top[k] : p;
+  float r = rintf(p);
+  *near |= !(fabsf(p - r) < c.clear[k]);
+  return r;
+}
+
+INSIDE float clamped(float x) {
+  x = x < -1.0f ? -1.0f : x;
+  return x > 1.0f ? 1.0f : x;
+}
+
+/* The digit of each of m numbers; `one` if all columns are of one channel. The branches are decided once per row. */
+INSIDE void digits(const float *restrict z, float *restrict digit, int64_t m, Columns c, int one, float alpha,
+                   int clamps) {
+  int near = 0;
+  if (clamps)
+    for (int64_t i = 0; i < m; i++) {
+      int64_t k = one ? 0 : i;
+      digit[i] = place(clamped(z[i] * alpha + c.shift[k]), c, k, &near);
+    }
+  else
+    for (int64_t i = 0; i < m; i++) {
+      int64_t k = one ? 0 : i;
+      digit[i] = place(sigmoid(z[i] * (2.0f * alpha) + c.lean[k]), c, k, &near);
+    }
+  if (!near) return;
+  for (int64_t i = 0; i < m; i++) {
+    int64_t k = one ? 0 : i;
+    float x = z[i] * alpha + c.shift[k], a = clamps ? clamped(x) : (float)tanh((double)x);
+    float r = rintf(a * c.gain[k] + c.base[k]) + c.zero[k];
+    r = r < 0.0f ? 0.0f : r;
+    digit[i] = r > c.top[k] ? c.top[k] : r;
+  }
+}
+
+/* Codes of the digits of `count` tokens; those of a channel are `across` apart, of a token's `along`. */
+INSIDE void pack(const float *digit, int64_t *codes, int64_t count, int64_t d, int64_t across, int64_t along,
+                 int64_t factors, const int64_t *basis, int small) {
+  int64_t run = d / factors;
+  for (int64_t f = 0; f < factors; f++) {
+    const float *first = digit + f * run * across;
+    const int64_t *b = basis + f * run;
+    if (small && run == 4) { /* float32 holds the index */
+      float b0 = (float)b[0], b1 = (float)b[1], b2 = (float)b[2], b3 = (float)b[3];
+      for (int64_t t = 0; t < count; t++) {
+        const float *x = first + t * along;
+        float sum = x[0] * b0 + x[across] * b1 + x[2 * across] * b2 + x[3 * across] * b3;
+        codes[t * factors + f] = sum == sum ? (int32_t)sum : -1;
+      }
+    } else if (small) {
+      for (int64_t t = 0; t < count; t++) {
+        float sum = 0.0f;
+        for (int64_t j = 0; j < run; j++) sum += first[t * along + j * across] * (float)b[j];
+        codes[t * factors + f] = sum == sum ? (int32_t)sum : -1;
+      }
+    } else {
+      for (int64_t t = 0; t < count; t++) {
+        int64_t sum = 0;
+        int whole = 1;
+        for (int64_t j = 0; j < run; j++) {
+          float x = first[t * along + j * across];
+          whole &= x == x;
+          sum += x == x ? (int64_t)x * b[j] : 0;
+        }
+        codes[t * factors + f] = whole ? sum : -1;
+      }
+    }
+  }
+}
+
+/* A NaN in one run of channels makes all codes of its token -1. */
+static void spread(int64_t *codes, int64_t count, int64_t factors) {
+  for (int64_t t = 0; t < count; t++) {
+    int broken = 0;
+    for (int64_t f = 0; f < factors; f++) broken |= codes[t * factors + f] < 0;
+    if (broken)
+      for (int64_t f = 0; f < factors; f++) codes[t * factors + f] = -1;
+  }
+}
+
+/* z and latents (count, d), codes (count, factors); a row of the table holds `stride` numbers, whole tokens. */
+EXPORT VECTORS void tokens_forward(const float *z, float *latents, int64_t *codes, int64_t count, int64_t d,
+                                   const float *table, int64_t stride, int64_t factors, const int64_t *basis,
+                                   int64_t small, float alpha, int64_t clamps) {
+  float digit[ROW];
+  Columns c = columns(table, stride, 0);
+  for (int64_t start = 0, total = count * d; start < total; start += stride) {
+    int64_t m = total - start < stride ? total - start : stride;
+    digits(z + start, digit, m, c, 0, alpha, (int)clamps);
+    for (int64_t i = 0; i < m; i++) latents[start + i] = (digit[i] - c.width[i]) / c.width[i];
+    int64_t *at = codes + start / d * factors;
+    pack(digit, at, m / d, d, 1, d, factors, basis, (int)small);
+    if (factors > 1) spread(at, m / d, factors);
+  }
+}
+
+/* z and latents (outer, d, inner), codes (outer, inner, factors); a row of the table holds d numbers. */
+EXPORT VECTORS void planes_forward(const float *z, float *latents, int64_t *codes, int64_t outer, int64_t d,
+                                   int64_t inner, const float *table, int64_t factors, const int64_t *basis,
+                                   int64_t small, float alpha, int64_t clamps) {
+  enum { WIDE = 256 };
+  float digit[CHANNELS * WIDE];
+  for (int64_t o = 0; o < outer; o++)
+    for (int64_t start = 0; start < inner; start += WIDE) {
+      int64_t m = inner - start < WIDE ? inner - start : WIDE;
+      for (int64_t j = 0; j < d; j++) {
+        Columns c = columns(table, d, j);
+        const float *from = z + (o * d + j) * inner + start;
+        float *to = latents + (o * d + j) * inner + start, *row = digit + j * WIDE, width = c.width[0];
+        digits(from, row, m, c, 1, alpha, (int)clamps);
+        for (int64_t i = 0; i < m; i++) to[i] = (row[i] - width) / width;
+      }
+      int64_t *at = codes + (o * inner + start) * factors;
+      pack(digit, at, m, d, WIDE, 1, factors, basis, (int)small);
+      if (factors > 1) spread(at, m, factors);
+    }
+}
+
+/* The gradient of m numbers, times that of their latents. */
+INSIDE void slopes(const float *restrict gradient, const float *restrict z, float *restrict out, int64_t m, Columns c,
+                   int one, float alpha, int clamps) {
+  if (clamps)
+    for (int64_t i = 0; i < m; i++) {
+      float v = gradient[i] * c.slope[one ? 0 : i];
+      out[i] = fabsf(z[i] * alpha) <= 1.0f ? v : 0.0f; /* 0 also for a NaN */
+    }
+  else
+    for (int64_t i = 0; i < m; i++) {
+      int64_t k = one ? 0 : i;
+      float share = sigmoid(z[i] * (2.0f * alpha) + c.lean[k]);
+      float v = gradient[i] * ((1.0f - share) * share) * c.slope[k];
+      out[i] = z[i] == z[i] ? v : 0.0f;
+    }
+}
+
+/* All (count, d), or (outer, d, inner); rows of the table as in the forward functions. */
+EXPORT VECTORS void tokens_backward(const float *gradient, const float *z, float *out, int64_t total,
+                                    const float *table, int64_t stride, float alpha, int64_t clamps) {
+  Columns c = columns(table, stride, 0);
+  for (int64_t start = 0; start < total; start += stride) {
+    int64_t m = total - start < stride ? total - start : stride;
+    slopes(gradient + start, z + start, out + start, m, c, 0, alpha, (int)clamps);
+  }
+}
+
+EXPORT VECTORS void planes_backward(const float *gradient, const float *z, float *out, int64_t outer, int64_t d,
+                                    int64_t inner, const float *table, float alpha, int64_t clamps) {
+  for (int64_t o = 0; o < outer; o++)
+    for (int64_t j = 0; j < d; j++) {
+      int64_t at = (o * d + j) * inner;
+      slopes(gradient + at, z + at, out + at, inner, columns(table, d, j), 1, alpha, (int)clamps);
+    }
+}
+
+EXPORT int64_t latticode_native_version(void) { return 1; }

@@ -1,0 +1,137 @@
+"""`native.c`, where it could be compiled at installation: finite scalar quantization in one pass on a CPU.
+
+A library without Python in it, called by address. What it does not serve goes to `lattice`: the same latents and codes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latticode.kernels import lattice as portable
+from latticode.kernels.grid import Lattice
+from latticode.kernels.lattice import alike, dense, empty_like, planes
+
+VERSION = 1  # of the functions' signatures
+ROW = 512  # numbers of one row of whole tokens, at most, as in native.c
+CHANNELS = 64  # at most, as in native.c
+GRAIN = 2**17  # numbers that are worth a thread
+MARGIN = 1e-6  # bounds the error of a position, per level: below 4e-7 here and in `grid` together
+
+
+def to_lattice(z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
+    """Latents (..., d) in the type of `z` (..., d), and codes (..., factors) int64."""
+    if not _serves(z):
+        return portable.to_lattice(z, lattice)
+    if z.dtype != torch.float32:
+        latents, codes = to_lattice(z.float(), lattice)
+        return latents.to(z.dtype), codes
+    z, place = dense(z)
+    outer, dim, inner = planes(z, place).shape
+    latents = empty_like(z)
+    codes = torch.empty(*z.shape[:-1], lattice.factors, dtype=torch.int64)
+    table, stride, basis, small = _table(lattice, inner == 1)
+    tail = (table.data_ptr(), *([stride] if inner == 1 else []), lattice.factors, basis.data_ptr(), small)
+
+    def run(start: int, count: int) -> None:
+        numbers, tokens = start * dim * inner, start * inner * lattice.factors
+        at = (z.data_ptr() + 4 * numbers, latents.data_ptr() + 4 * numbers, codes.data_ptr() + 8 * tokens)
+        shape = (count, dim) if inner == 1 else (count, dim, inner)
+        forward = _library().tokens_forward if inner == 1 else _library().planes_forward
+        forward(*map(_argument, (*at, *shape, *tail)), ctypes.c_float(lattice.alpha), _clamps(lattice))
+
+    _spread(run, outer, dim * inner)
+    return latents, codes
+
+
+def to_lattice_backward(gradient: Tensor, z: Tensor, lattice: Lattice) -> Tensor:
+    """The gradient for `z` (..., d), in its type, of that for its latents (..., d)."""
+    if not _serves(z):
+        return portable.to_lattice_backward(gradient, z, lattice)
+    if z.dtype != torch.float32:
+        return to_lattice_backward(gradient.float(), z.float(), lattice).to(z.dtype)
+    z, place = dense(z)
+    outer, dim, inner = planes(z, place).shape
+    gradient, out = alike(gradient, z), empty_like(z)
+    table, stride, *_ = _table(lattice, inner == 1)
+
+    def run(start: int, count: int) -> None:
+        at = [t.data_ptr() + 4 * start * dim * inner for t in (gradient, z, out)]
+        shape = (count * dim,) if inner == 1 else (count, dim, inner)
+        tail = (table.data_ptr(), stride) if inner == 1 else (table.data_ptr(),)
+        backward = _library().tokens_backward if inner == 1 else _library().planes_backward
+        backward(*map(_argument, (*at, *shape, *tail)), ctypes.c_float(lattice.alpha), _clamps(lattice))
+
+    _spread(run, outer, dim * inner)
+    return out
+
+
+def available() -> bool:
+    """Whether the library was compiled, and is that of this version."""
+    return _library() is not None
+
+
+def _serves(z: Tensor) -> bool:
+    return z.shape[-1] <= CHANNELS and z.numel() > 0
+
+
+def _argument(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)  # addresses as well: all arguments but `alpha` are 64 bits wide
+
+
+def _clamps(lattice: Lattice) -> ctypes.c_int64:
+    return ctypes.c_int64(lattice.bound == "clamp")
+
+
+def _spread(run: Callable[[int, int], None], outer: int, numbers: int) -> None:
+    """`run(start, count)` over all of `outer` parts of so many `numbers` each, on PyTorch's number of threads."""
+    threads = min(torch.get_num_threads(), outer, max(1, outer * numbers // GRAIN))
+    if threads == 1:
+        run(0, outer)
+        return
+    step = -(-outer // threads)
+    starts = range(0, outer, step)
+    list(_pool(torch.get_num_threads()).map(run, starts, [min(step, outer - start) for start in starts]))
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "latticode")
+
+
+@functools.lru_cache(maxsize=256)
+def _table(lattice: Lattice, tokens: bool) -> tuple[Tensor, int, Tensor, bool]:
+    """The constants of each column as native.c orders them and the length of their rows; the basis of the indices, and
+    whether float32 holds these."""
+    with torch.inference_mode(False):
+        c = lattice.channels(torch.device("cpu"))
+        steep = 1 if lattice.bound == "clamp" else 2  # tanh x = 2 sigmoid(2 x) - 1
+        scale, offset = steep * c.gain, c.base + c.zero - (steep - 1) * c.gain
+        slope = steep**2 * lattice.alpha * c.gain / c.width
+        clear = 0.5 - MARGIN * (c.top + 1)
+        rows = [steep * c.shift, scale, offset, slope, c.shift, c.gain, c.base, c.zero, c.top, c.width, clear]
+        table = torch.stack(rows)
+        if tokens:
+            table = table.repeat(1, max(1, ROW // len(lattice.levels)))
+        basis = torch.tensor(lattice.basis, dtype=torch.int64)
+        return table.contiguous(), table.shape[1], basis, max(lattice.vocab) <= portable.EXACT
+
+
+@functools.cache
+def _library() -> Any:
+    """The loaded library, or None."""
+    spec = importlib.util.find_spec("latticode.kernels._native")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(spec.origin)
+        return library if library.latticode_native_version() == VERSION else None
+    except (OSError, AttributeError):  # compiled for another machine, or by an older version
+        return None
