@@ -158,7 +158,7 @@ def rvq(side: str, size: int, dim: int, tokens: int = 16384) -> Step:
         return training(theirs(peers.ResidualVQ(dim=dim, codebook_size=size, num_quantizers=8).train()), tokens, dim)
     from latticode.quantizers import VQ, Residual
 
-    return training(ours(Residual([VQ(size, dim, kmeans=False) for _ in range(8)]).train()), tokens, dim)
+    return training(ours(Residual([VQ(size, dim, kmeans=False, restart=0.0) for _ in range(8)]).train()), tokens, dim)
 
 
 def residual_fsq(side: str, tokens: int) -> Step:
@@ -207,7 +207,8 @@ ROWS = [
     lfq_row("400x; 70x less memory", 16, 110, peer_rounds=1),
     lfq_row("< 200 MB", 18, 15, peer_rounds=1),
     Row("rvq", "10x", rvq, {"size": 1024, "dim": 64}, {"size": 64, "dim": 64, "tokens": 64}, 30, peer_rounds=2),
-    Row("residual-fsq", "10x", residual_fsq, {"tokens": 2**16}, {"tokens": 64}, 15),
+    Row("residual-fsq-65k", "10x", residual_fsq, {"tokens": 2**16}, {"tokens": 64}, 15),
+    Row("residual-fsq-1m", "10x", residual_fsq, {"tokens": 2**20}, {"tokens": 64}, 40),
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from latticode.kernels import entropies, lattice, native, nearest, reference
+from latticode.kernels import entropies, lattice, native, nearest, reference, stages
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, empty_like
 
@@ -97,6 +97,7 @@ class _ToLattice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(z)
+        ctx.set_materialize_grads(False)  # of the codes
         ctx.lattice = lattice
         with torch.autocast(z.device.type, enabled=False):
             latents, codes = _lattice_kernel("to_lattice", z)(z, lattice)
@@ -105,8 +106,10 @@ class _ToLattice(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         (z,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None
         with torch.autocast(z.device.type, enabled=False):
             return _lattice_kernel("to_lattice_backward", z)(gradient, z, ctx.lattice), None
 
@@ -166,6 +169,94 @@ def _lattice_kernel(name: str, z: Tensor) -> Callable[..., Any]:
         return getattr(_LATTICE[_active], name)
     precise = torch.float32 if z.device.type == "mps" else torch.float64  # Apple GPUs have no float64
     return functools.partial(getattr(reference, name), precise=precise)
+
+
+def to_lattices(z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor]:
+    """`z` (..., d) in `depth` residual stages of one clamped lattice: latents (..., d), codes (..., depth * factors).
+
+    Stage i has the scale L^-i, so together they are one even grid of L^depth levels; `reference.to_lattices` has the
+    formulas. Arithmetic is float32. The gradient passes where one of the stages does not clamp. A token that is not
+    finite gets codes -1, NaN latents and no gradient. One opaque operator to torch.compile; torch.export and ONNX get
+    plain operators instead.
+
+    Raises:
+        ValueError: if `z` is not (..., d) floats, or the lattice not one that `stages.fits`.
+    """
+    if z.ndim < 1 or z.shape[-1] != len(lattice.levels) or not z.is_floating_point():
+        raise ValueError(f"to_lattices expects floats (..., {len(lattice.levels)}), got {tuple(z.shape)} {z.dtype}")
+    if depth < 1 or not stages.fits(lattice):
+        raise ValueError(f"to_lattices needs a clamped lattice of up to {stages.EXACT} codes, got {depth} of {lattice}")
+    if _exporting():
+        return reference.to_lattices(z, lattice, depth)
+    if torch.compiler.is_compiling():
+        return _to_lattices(z, list(lattice.levels), lattice.factors, depth)
+    return _ToLattices.apply(z, lattice, depth)
+
+
+class _ToLattices(torch.autograd.Function):
+    """The operator for eager mode, as `_ToLattice` is."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z)
+        ctx.description = lattice, depth
+        ctx.set_materialize_grads(False)  # zeros for the codes cost as much as the rest of backward
+        with torch.autocast(z.device.type, enabled=False):
+            latents, codes = _stages_kernel("to_lattices", z)(z, lattice, depth)
+        ctx.mark_non_differentiable(codes)
+        return latents, codes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        (z,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None
+        with torch.autocast(z.device.type, enabled=False):
+            return _stages_kernel("to_lattices_backward", z)(gradient, z, *ctx.description), None, None
+
+
+@library.custom_op(
+    "latticode::to_lattices",
+    mutates_args=(),
+    schema="(Tensor z, int[] levels, int factors, int depth) -> (Tensor, Tensor)",
+)
+def _to_lattices(z: Tensor, levels: list[int], factors: int, depth: int) -> tuple[Tensor, Tensor]:
+    with torch.autocast(z.device.type, enabled=False):
+        latents, codes = _stages_kernel("to_lattices", z)(z, _described(tuple(levels), "clamp", 2.0, factors), depth)
+    return latents.contiguous(), codes.contiguous()
+
+
+@library.register_fake("latticode::to_lattices")
+def _(z: Tensor, levels: list[int], factors: int, depth: int) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(*z.shape[:-1], depth * factors, dtype=torch.int64)
+
+
+@library.custom_op(
+    "latticode::to_lattices_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor z, int[] levels, int factors, int depth) -> Tensor",
+)
+def _to_lattices_backward(gradient: Tensor, z: Tensor, levels: list[int], factors: int, depth: int) -> Tensor:
+    kernel = _stages_kernel("to_lattices_backward", z)
+    return kernel(gradient, z, _described(tuple(levels), "clamp", 2.0, factors), depth).contiguous()
+
+
+@library.register_fake("latticode::to_lattices_backward")
+def _(gradient: Tensor, z: Tensor, levels: list[int], factors: int, depth: int) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+def _to_lattices_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _to_lattices_backward(gradient, *ctx.saved_tensors, *ctx.description), None, None, None
+
+
+library.register_autograd("latticode::to_lattices", _to_lattices_gradients, setup_context=_save_for_backward)
+
+
+def _stages_kernel(name: str, z: Tensor) -> Callable[..., Any]:
+    """The function `name` for the device of `z`: the specification where there is no fast one."""
+    return getattr(stages if _active != "reference" and z.device.type == "cpu" else reference, name)
 
 
 def _exporting() -> bool:

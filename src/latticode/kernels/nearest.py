@@ -147,7 +147,7 @@ def margin(x: Tensor, top: Tensor, reach: Tensor) -> Tensor:
     to d = 65536. Underflow adds less than the smallest normal number per operation.
     """
     kind = torch.finfo(x.dtype)
-    norm = x.norm(dim=1)
+    norm = torch.linalg.vector_norm(x, dim=1)
     r = 1.25 * torch.minimum(norm + (norm.square() - 2 * top).clamp(min=0).sqrt(), reach)
     return (x.shape[1] + 8) * (kind.eps * (norm * r + r.square()) + 8 * kind.tiny)
 
@@ -179,9 +179,11 @@ def _decide(x: Tensor, codebook: Tensor, hits: Tensor, at_once: int) -> Tensor:
     """Of each row of `x` (n, d), the nearest of its codes in `hits` (h, 2), the first of equals, or -1 without any."""
     size = len(codebook)
     tokens, codes = hits.unbind(dim=1)
-    number = torch.bincount(tokens, minlength=len(x))
     nearest = codes.new_full((len(x),), -1).scatter_(0, tokens, codes)
-    rivals = number[tokens] > 1  # a code without any is the nearest: nothing else could be
+    if len(tokens) == len(x) and bool((nearest >= 0).all()):
+        return nearest  # each has one code, and nothing else could be nearer
+    number = torch.bincount(tokens, minlength=len(x))
+    rivals = number[tokens] > 1
     tokens, codes = tokens[rivals], codes[rivals]
     if not len(tokens):
         return nearest

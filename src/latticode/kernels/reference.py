@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latticode.kernels import stages
 from latticode.kernels.grid import Lattice, digits, values
 
 
@@ -72,3 +73,42 @@ def to_lattice_backward(gradient: Tensor, z: Tensor, lattice: Lattice, precise: 
     slope = (z.float() * lattice.alpha).abs() <= 1 if lattice.bound == "clamp" else 1 - a * a
     product = gradient.float() * slope * (lattice.alpha * c.gain / c.width)
     return product.masked_fill(z.isnan(), 0.0).to(z.dtype)
+
+
+def to_lattices(z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor]:
+    """Latents (..., d) in z's type, codes (..., depth * factors) int64: `depth` stages of the clamped `lattice`.
+
+    Stages in groups of g, in float32 and op for op, with M = L^g levels and x = z (L-1) L^(g-1) / 2 in the first group:
+
+        n = clamp(round(x + (M-1)/2), 0, M-1)     in base L the digits of its stages, the first one highest
+        e = n - (M-1)/2                           exact; the latents are the sum of e / ((L-1) L^(stages-1) / 2)
+        x = (x - e) M                             of the next group, with the M of that
+
+    A token that is not finite has codes -1 and NaN latents.
+    """
+    left, total, codes = z.float(), None, []
+    levels = torch.tensor(lattice.levels, device=z.device)
+    basis = torch.tensor(lattice.basis, device=z.device)
+    for size, group in zip(stages.sizes(lattice, depth), stages.groups(lattice, depth, z.device), strict=True):
+        left = left.detach() * group.rate
+        place = torch.minimum((left + group.middle).round().clamp(min=0.0), group.top)
+        even = place - group.middle
+        left = left - even
+        total = even / group.width if total is None else total + even / group.width
+        whole = place.nan_to_num().long()
+        for i in range(size):
+            parts = (whole // levels ** (size - 1 - i) % levels * basis).unflatten(-1, (lattice.factors, -1))
+            codes.append(functools.reduce(torch.add, parts.unbind(dim=-1)))  # as in to_lattice
+    assert total is not None
+    limit = stages.limits(lattice, depth, z.device)
+    bounded = torch.minimum(torch.maximum(z.float(), -limit), limit)
+    gone = ~z.isfinite().all(dim=-1, keepdim=True)
+    bounded = torch.where(gone, 0.0, bounded)
+    latents = torch.where(gone, torch.nan, total + (bounded - bounded.detach()))
+    return latents.to(z.dtype), torch.cat(codes, dim=-1).masked_fill(gone, -1)
+
+
+def to_lattices_backward(gradient: Tensor, z: Tensor, lattice: Lattice, depth: int) -> Tensor:
+    """The gradient for `z` (..., d): that for its latents where a stage does not clamp, 1 - prod (1 - J_i), else 0."""
+    inside = z.float().abs() <= stages.limits(lattice, depth, z.device)
+    return torch.where(inside & z.isfinite().all(dim=-1, keepdim=True), gradient, 0.0)

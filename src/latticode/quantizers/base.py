@@ -242,7 +242,7 @@ def pooled(losses: Sequence[Mapping[str, Loss]]) -> dict[str, Loss]:
 
 def token_mean(values: Tensor, keep: Tensor) -> Loss:
     """The loss that is the mean of `values` (..., D) over channels and kept tokens."""
-    return torch.where(keep[..., None], values, 0.0).sum() / values.shape[-1], keep.sum().to(values.dtype)
+    return torch.where(keep, values.sum(dim=-1), 0.0).sum() / values.shape[-1], keep.sum().to(values.dtype)
 
 
 def _means(losses: Mapping[str, Loss]) -> dict[str, Tensor]:

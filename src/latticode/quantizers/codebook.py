@@ -90,11 +90,10 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def statistics(self, tokens: Tensor, codes: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Of each code the number (K,) and the sum (K, D) of the tokens (..., D) that `keep` (...) and chose it."""
-        flat = codes.reshape(-1)
-        kept = keep.reshape(-1, 1).to(tokens.dtype)
-        count = tokens.new_zeros(len(self.weight)).index_add_(0, flat, kept[:, 0])
-        weighed = tokens.detach().reshape(-1, tokens.shape[-1]) * kept
-        return count, tokens.new_zeros(self.weight.shape).index_add_(0, flat, weighed)
+        size, flat = len(self.weight), tokens.detach().reshape(-1, tokens.shape[-1])
+        rows = torch.where(keep.reshape(-1), codes.reshape(-1), size)  # one row more takes what does not count
+        count = tokens.new_zeros(size + 1).index_add_(0, rows, flat.new_ones(len(flat)))
+        return count[:size], tokens.new_zeros(size + 1, flat.shape[1]).index_add_(0, rows, flat)[:size]
 
     @torch.no_grad()
     def absorb(self, count: Tensor, total: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.quantizers.base import Quantizer, Step, Tokens, contractions, pooled
+from latticode.quantizers.gradients import straight_through
 from latticode.quantizers.residual import held, listed
 from latticode.types import Quantized
 
@@ -165,11 +166,11 @@ class Hierarchical(Quantizer):
 
     def _quantize(self, tokens: Tokens) -> Step:
         tokens = tokens.through(self._split)
-        zero = tokens.target - tokens.target.detach()  # carries the gradient of z to the losses
         top = self.top._quantize(tokens.through(self._mean))
         left = tokens.values - top.latents[..., None, :]
         keep = tokens.keep[..., None].expand(left.shape[:-1])
-        bottom = self.bottom._quantize(tokens.become(left, left.detach() + zero)._replace(keep=keep))
+        target = straight_through(tokens.target, left)  # what the losses see: with the gradient of z
+        bottom = self.bottom._quantize(tokens.become(left, target)._replace(keep=keep))
         return Step(
             (top.latents[..., None, :] + bottom.latents).flatten(-2),
             torch.cat([top.codes, bottom.codes.flatten(-2)], dim=-1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,21 @@ def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
     """`quantized` itself, with the gradient of `z`; both (..., D), `z` finite.
 
     Straight-through estimator of VQ-VAE (arXiv 1711.00937, Sec. 3.2). The usual z + sg(quantized - z) rounds, and what
-    the decoder trains on would not be what `decode` returns; here the term that carries the gradient is exactly zero.
+    the decoder trains on would not be what `decode` returns.
     """
-    return quantized.detach() + (z - z.detach())
+    if torch.compiler.is_compiling():  # which fuses this, and warns of a Function
+        return quantized.detach() + (z - z.detach())
+    return _StraightThrough.apply(z, quantized)  # three tensors less
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
 
 
 def rotation(z: Tensor, quantized: Tensor) -> Tensor:

@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latticode.kernels import Lattice, to_lattices
+from latticode.kernels.stages import fits, joint_latents
 from latticode.quantizers.base import Quantizer, Step, Tokens, contractions, pooled
+from latticode.quantizers.fsq import FSQ
+from latticode.quantizers.gradients import straight_through
 from latticode.quantizers.implicit import Contextual
+from latticode.types import Quantized
 
 
 class Residual(Quantizer):
@@ -33,6 +38,9 @@ class Residual(Quantizer):
     Losses would see a z without gradient behind a straight-through stage; to them, each stage's input has the
     derivative 1 in z: |z - sg(q_0 + .. + q_i)|^2, as in RQ-VAE. They are the means over tokens and stages, in the
     units of the stage: each counts alike, however fine it is.
+
+    One FSQ with bound "clamp" for all stages is one even grid: all digits of a token are found together, but for
+    training with dropout. Stage by stage they are the same within rounding at the edges of cells.
 
     Args:
         stages: one quantizer for each stage, all of one `dim`; or a single one, used `depth` times: it is initialized
@@ -86,17 +94,31 @@ class Residual(Quantizer):
         self._constants = torch.tensor(self._table, dtype=self._arithmetic, device=self._constants.device)
         return self
 
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        """Quantize `z` (..., D) with gradients; `mask` (...) bool is False at padding."""
+        lattice = self._joint
+        if lattice is None or self.soft_clamp or self._drops:  # bounded, an infinity would look like a number
+            return super().forward(z, mask)
+        self._check_latents(z, mask)
+        latents, codes = to_lattices(z, lattice, len(self._prefixes))
+        if mask is not None:
+            gone = ~mask[..., None]
+            latents, codes = latents.masked_fill(gone, 0.0), codes.masked_fill(gone, -1)
+        return Quantized(latents, codes)
+
     def _quantize(self, tokens: Tokens) -> Step:
+        if (lattice := self._joint) is not None and not self._drops:
+            return Step(*to_lattices(self._bound(tokens.values), lattice, len(self._prefixes)))
         tokens = tokens.through(self._bound)
-        zero = tokens.target - tokens.target.detach()  # carries the gradient of z to the losses
-        kept = self._draw(tokens.keep) if self.training and self.dropout > 0 else None
+        kept = self._draw(tokens.keep) if self._drops else None
         residual, total, steps, codes = tokens.values, None, [], []
         for i, stage in enumerate(self._sequence):
             values, context = self._down(residual, i), self._context(stage, total, i)
             alive = None if kept is None or i == 0 else kept > i
             keep = tokens.keep if alive is None else tokens.keep & alive
             upkeep = tokens.upkeep and (i == 0 or self.depth is None)
-            step = stage._quantize(Tokens(values, keep, values.detach() + zero, upkeep, *context))
+            target = straight_through(tokens.target, values)  # what the losses see: with the gradient of z
+            step = stage._quantize(Tokens(values, keep, target, upkeep, *context))
             latents, chosen = self._up(step.latents, i), step.codes
             if alive is not None:
                 latents = torch.where(alive[..., None], latents, 0.0)
@@ -110,6 +132,8 @@ class Residual(Quantizer):
         return Step(total, torch.cat(codes, dim=-1), pooled([step.losses for step in steps]), updates)
 
     def _encode(self, x: Tensor) -> Tensor:
+        if (lattice := self._joint) is not None:
+            return to_lattices(self._bound(x), lattice, len(self._prefixes))[1]
         sequence = self._sequence
         residual, total, codes = self._bound(x), None, []
         for i, stage in enumerate(sequence):
@@ -122,6 +146,8 @@ class Residual(Quantizer):
         return torch.cat(codes, dim=-1)
 
     def _decode(self, codes: Tensor) -> Tensor:
+        if (lattice := self._joint) is not None:
+            return self._decode_joint(codes, lattice)
         first, *others = self._sequence
         start = len(first.vocab)
         total = self._up(first._decode(codes[..., :start]), 0)
@@ -136,6 +162,28 @@ class Residual(Quantizer):
             latents = self._up(stage._decode(chunk, *self._context(stage, total, i)), i)
             total = total + torch.where(alive[..., None], latents, 0.0)
         return total
+
+    def _decode_joint(self, codes: Tensor, lattice: Lattice) -> Tensor:
+        assert isinstance(self.stages, FSQ)
+        by_stage = codes.unflatten(-1, (-1, lattice.factors))  # (..., stages, factors)
+        absent = (by_stage < 0).any(dim=-1).cumsum(dim=-1) > 0
+        digits = self.stages._digits(by_stage.clamp(min=0))
+        middle = torch.tensor(lattice.levels, device=codes.device) - 1
+        places = (2 * digits - middle).masked_fill(absent[..., None], 0)
+        missing = len(self._prefixes) - places.shape[-2]
+        return joint_latents(torch.nn.functional.pad(places, (0, 0, 0, missing)), lattice)
+
+    @property
+    def _joint(self) -> Lattice | None:
+        """The lattice that all stages share, where they can be done at once."""
+        stage = self.stages
+        if not isinstance(stage, FSQ) or stage.noise or self._arithmetic != torch.float32:
+            return None
+        return stage._lattice if fits(stage._lattice) else None
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
 
     @property
     def _sequence(self) -> list[Quantizer]:
