@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(
-    help="Images to discrete tokens and back, and generators over the tokens.",
+    help="Images, video and audio to discrete tokens and back, and generators over the tokens.",
     epilog="Begin with: latticode demo. Then: latticode recipes, latticode train fsq-tokenizer data.source=photos/",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -90,52 +90,49 @@ def encode(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Device = "auto",
 ) -> None:
-    """Turn images into a token dataset that remembers its tokenizer."""
-    from dataclasses import replace
-
+    """Turn images, recordings or clips into a token dataset that remembers its tokenizer."""
     from latticode import runs
     from latticode.data import Loader, open_source
     from latticode.engine import tokens
 
     config, tokenizer = runs.open_tokenizer(run, device)
-    preprocess = replace(config.data.preprocess(), flip=False)
+    preprocess = config.data.preprocess().whole()
     if own_size:
-        preprocess, batch_size = replace(preprocess, size=None, crop="center"), 1
+        preprocess, batch_size = preprocess.own_size(), 1
     loader = Loader(
-        open_source(source, split.value, holdout=config.data.holdout),
+        open_source(source, split.value, holdout=config.data.holdout, medium=preprocess.medium),
         preprocess,
         batch_size,
         workers=config.data.workers,
     )
     dataset = tokens.encode(tokenizer, loader, target, console=err, resume=resume)
     _skipped(dataset.manifest["skipped"])
-    out.print(f"{len(dataset)} images in {target}, {tokenizer.quantizer.bits:.2f} bits per position")
+    out.print(f"{len(dataset)} {preprocess.medium.noun}s in {target}, {tokenizer.bits:.2f} bits per position")
 
 
 @app.command()
 def decode(
     run: RunFolder,
     source: Annotated[Path, typer.Argument(metavar="TOKENS", help="Folder of a token dataset.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the PNG files.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the files: PNG, wav or WebP.")],
     device: Device = "auto",
 ) -> None:
-    """Turn a token dataset back into images, named as they were."""
+    """Turn a token dataset back into images, wav files or animated WebP files, named as they were."""
     from latticode import runs
     from latticode.data import TokenDataset
     from latticode.engine import tokens
     from latticode.engine.progress import progress
-    from latticode.pictures import grid_image, save_png
-    from latticode.values import to_uint8
+    from latticode.outputs import save_example
 
-    _, tokenizer = runs.open_tokenizer(run, device)
+    config, tokenizer = runs.open_tokenizer(run, device)
+    preprocess = config.data.preprocess()
     dataset = TokenDataset(source, expect_hash=tokenizer.fingerprint())
     with progress(err, "decode", len(dataset)) as advance:
         for positions, images in tokens.decode(tokenizer, dataset):
-            for position, image in zip(positions, to_uint8(images).numpy(), strict=True):
-                name = f"{position:06d}-{Path(dataset.name(position)).stem}.png"
-                save_png(target / name, grid_image(image[None], 1, 0))
+            for position, image in zip(positions, images, strict=True):
+                save_example(target / f"{position:06d}-{Path(dataset.name(position)).stem}", image, preprocess)
             advance(positions[-1] + 1)
-    out.print(f"{len(dataset)} images in {target}")
+    out.print(f"{len(dataset)} {preprocess.medium.noun}s in {target}")
 
 
 @app.command()

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.data.loading import Loader
-from latticode.metrics import pixels
+from latticode.data.media import AUDIO, IMAGE
 from latticode.metrics.classifier import Classifier
 from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
-from latticode.metrics.pixels import PixelMetrics
+from latticode.outputs import metrics_of, seconds_of
 from latticode.priors.base import Prior
 from latticode.tokenizer import Tokenizer
 from latticode.types import Batch, Conditioning, Sampling
@@ -38,11 +38,11 @@ def evaluate_tokenizer(
     protocol: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Reconstruct the images of `loader` and measure pixels, codes and, with a feature network, the reconstruction FID.
+    """Reconstruct what `loader` yields and measure it, the codes and, with a feature network, the reconstruction FID.
 
     Args:
-        tokenizer: any; what it returns is compared after rounding to 8 bits.
-        loader: the images; one ordered pass over them is made, without augmentation.
+        tokenizer: any; what it returns is compared after rounding to 8 bits (sound: 16).
+        loader: images, recordings or clips; one ordered pass over them is made, without augmentation.
         features: names the key `rfid_<name>`.
         reference: a loader of the images that the reconstructions' FID is taken against (the FSQ paper: the training
             set); without it, the originals of the same images.
@@ -50,14 +50,19 @@ def evaluate_tokenizer(
         protocol: what the caller knows and the numbers depend on: resize filter, crop, EMA on or off, name of the set.
         progress: called with the images done and the images in all.
 
-    Returns psnr, psnr_pooled (dB), ssim, exact; usage, perplexity, entropy_bits, dead, invalid, slots;
-    bits_per_token, bits_per_pixel, tokens_per_image; level_histograms (FSQ); rfid_<name>; count, skipped, protocol.
-    Raises ValueError for a loader without images and for reconstructions that are not finite.
+    Returns psnr, psnr_pooled (dB), ssim, exact for images; for clips also temporal_error and temporal_change; for sound
+    si_sdr (dB), mel_distance, stft_distance. Then usage, perplexity, entropy_bits, dead, invalid, slots;
+    bits_per_token, bits_per_pixel (not of sound), tokens_per_image or else tokens_per_second and bits_per_second;
+    level_histograms (FSQ); rfid_<name>; count, skipped, protocol. Raises ValueError for a loader without records, a
+    feature network for anything but images, and reconstructions that are not finite.
     """
+    medium = loader.preprocess.medium
+    if features is not None and medium is not IMAGE:
+        raise ValueError(f"{features.name!r} knows images, not {medium.noun}s")
     quantizer = tokenizer.quantizer
-    metrics, codes = PixelMetrics(), CodeStatistics(quantizer.vocab)
+    metrics, codes = metrics_of(loader.preprocess), CodeStatistics(tokenizer.vocab)
     original, restored = FeatureStatistics(), FeatureStatistics()
-    tokens = area = 0
+    tokens, area, seconds = 0, 0, 0.0
     sizes: set[tuple[int, ...]] = set()
     more = _count(reference) if features is not None and reference is not None else 0
     report = _Report(progress, _count(loader, limit) + more)
@@ -69,6 +74,7 @@ def evaluate_tokenizer(
             codes.update(reconstruction.codes)
             tokens += reconstruction.codes[..., 0].numel()
             area += images[:, 0].numel()
+            seconds += seconds_of(loader.preprocess, images)
             sizes.add(tuple(images.shape[1:]))
             if features is not None:
                 restored.update(_features(features, reconstruction.output))
@@ -81,11 +87,13 @@ def evaluate_tokenizer(
     count = result.pop("count")
     result |= codes.compute()
     del result["positions"]
-    result |= {
-        "bits_per_token": quantizer.bits,
-        "bits_per_pixel": quantizer.bits * tokens / area,
-        "tokens_per_image": tokens / count,
-    }
+    result["bits_per_token"] = tokenizer.bits
+    if medium is not AUDIO:
+        result["bits_per_pixel"] = tokenizer.bits * tokens / area
+    if seconds:
+        result |= {"tokens_per_second": tokens / seconds, "bits_per_second": tokenizer.bits * tokens / seconds}
+    else:
+        result["tokens_per_image"] = tokens / count
     levels: Any = getattr(quantizer, "levels", None)
     if levels is not None:
         result["level_histograms"] = codes.level_histograms(levels)
@@ -95,10 +103,10 @@ def evaluate_tokenizer(
         "count": count,
         "skipped": len(loader.skipped),
         "protocol": {
-            **pixels.PROTOCOL,
-            "usage": f"share of the codewords that appear at least once over all {count} images",
+            **metrics.protocol,
+            "usage": f"share of the codewords that appear at least once over all {count} {medium.noun}s",
             "bits_per_token": "log2 of the vocabulary, per grid position",
-            "images": count,
+            f"{medium.noun}s": count,
             "sizes": [list(size) for size in sorted(sizes)],
             **_feature_protocol(features, original, "the originals" if reference is None else "the reference set"),
             **(protocol or {}),
@@ -154,7 +162,7 @@ def evaluate_prior(
             images, labels = batch.inputs.to(device), batch.labels.to(device)
             codes = tokenizer.encode(images)
             bits += float(prior.bits(codes, Conditioning(labels) if classes else None).double().sum())
-            size = tuple(images.shape[-2:])
+            size = tuple(images.shape[2:])
             tokens, area = tokens + codes[..., 0].numel(), area + images[:, 0].numel()
             count += len(images)
             real.update(images, labels)

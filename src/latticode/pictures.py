@@ -12,9 +12,13 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from latticode.files import replacing
+from latticode.losses.spectral import magnitudes
 
 BACKGROUND = 255
 SETTINGS_KEY = "latticode"  # of the PNG text chunk
+WINDOW, DEEPEST, SHOWN = 256, -80.0, 8  # samples and dB of spectrograms; frames of a film strip
+# Colours of a spectrogram from silence to full scale: dark to light, so that they also read in grey.
+RAMP = np.array([[0, 0, 12], [65, 20, 105], [170, 50, 90], [240, 130, 40], [255, 250, 180]], dtype=np.float64)
 
 
 def grid_image(images: np.ndarray | Tensor, columns: int = 8, pad: int = 2) -> Image.Image:
@@ -44,6 +48,24 @@ def side_by_side(
         chunk = slice(start, start + columns)
         rows.append(_stack([_grid(above[chunk], columns, pad), _grid(below[chunk], columns, pad)], pad))
     return _to_picture(_stack(rows, 4 * pad))
+
+
+def spectrograms(waveforms: Tensor) -> np.ndarray:
+    """(N, 3, WINDOW / 2 + 1, 2 * frames) uint8 of waveforms (N, C, T), from DEEPEST to 0 dB.
+
+    Time runs to the right, pitch upwards; the channels of one recording are averaged in power.
+    """
+    spectra = magnitudes(waveforms.float(), WINDOW).unflatten(0, waveforms.shape[:2]).square().mean(1)
+    level = (1 - 10 * spectra.log10().numpy() / DEEPEST).clip(0, 1)[:, ::-1].repeat(2, 2)
+    knots = np.linspace(0, 1, len(RAMP))
+    return np.stack([np.interp(level, knots, RAMP[:, i]) for i in range(3)], 1).round().astype(np.uint8)
+
+
+def film_strips(clips: np.ndarray) -> np.ndarray:
+    """(N, C, H, frames * W) of clips (N, C, T, H, W): at most SHOWN frames side by side, evenly spaced in time."""
+    count = clips.shape[2]
+    chosen = np.linspace(0, count - 1, min(count, SHOWN)).round().astype(int)
+    return np.concatenate([clips[:, :, t] for t in chosen], -1)
 
 
 def save_png(path: Path, image: Image.Image, metadata: Mapping[str, Any] | None = None) -> None:

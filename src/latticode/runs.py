@@ -18,10 +18,10 @@ from latticode.engine.progress import progress
 from latticode.evaluate import evaluate_classifier, evaluate_prior, evaluate_tokenizer
 from latticode.files import write_text
 from latticode.metrics.features import feature_network
+from latticode.outputs import preview, save_example
 from latticode.pictures import grid_image, save_png
 from latticode.pretrained import load_model
 from latticode.types import Conditioning, Sampling
-from latticode.values import to_uint8
 
 GRID = 256  # samples shown in the grid at the most
 
@@ -64,7 +64,7 @@ def sample(
     device: str = "auto",
     console: Console,
 ) -> Path:
-    """Draw `count` samples of a prior's run into `target`: one PNG each and grid.png, whose path is returned.
+    """Draw `count` samples of a prior's run into `target`: one file each and grid.png, whose path is returned.
 
     `label` None asks for all classes in turn. The settings stand in the metadata of every PNG.
     """
@@ -75,19 +75,22 @@ def sample(
         raise ValueError(f"label {label} is not a class; valid: {valid}")
     labels = torch.arange(count) % max(prior.classes, 1) if label is None else torch.full((count,), label)
     settings: dict[str, Any] = {"run": run.name, "seed": seed, **vars(sampling)}
+    preprocess = config.data.preprocess()
     shown: list[np.ndarray] = []
+    columns = 8
     with progress(console, "sample", count) as advance, torch.inference_mode():
         for first in range(0, count, batch_size):
             part = labels[first : first + batch_size].to(pick_device(device))
             cond = Conditioning(part) if prior.classes else None
             codes = prior.sample(len(part), cond, sampling=sampling, seed=seed, first=first)
-            images = to_uint8(tokenizer.decode(codes, (config.data.size, config.data.size))).cpu().numpy()
+            images = tokenizer.decode(codes, preprocess.shape[1:] if preprocess.shape else None).cpu()
             for index, image in enumerate(images, first):
                 about = settings | {"index": index} | ({"label": int(labels[index])} if prior.classes else {})
-                save_png(target / f"sample-{index:05d}.png", grid_image(image[None], 1, 0), about)
-            shown += list(images[: max(0, GRID - len(shown))])
+                save_example(target / f"sample-{index:05d}", image, preprocess, about)
+            pictures, columns = preview(images, preprocess)
+            shown += list(pictures[: max(0, GRID - len(shown))])
             advance(first + len(part))
-    columns = prior.classes if label is None and 1 < prior.classes <= 16 else 8
+    columns = prior.classes if label is None and 1 < prior.classes <= 16 else columns
     grid = target / "grid.png"
     save_png(grid, grid_image(np.stack(shown), min(columns, count)), settings | {"count": count, "label": label})
     return grid
@@ -112,7 +115,7 @@ def evaluate(
     if source is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
     place = pick_device(device)
-    loader = open_loader(config, split, batch_size=64)
+    loader = open_loader(config, split, batch_size=64, whole=config.kind == "tokenizer")
     network = None
     if features is not None:
         name, path = ("inception", None) if features == "inception" else ("classifier", features)

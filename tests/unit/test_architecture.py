@@ -19,7 +19,7 @@ LAYERS = [  # a row imports rows above it in this list, and itself
     {"losses"},
     {"quantizers", "autoencoders"},
     {"tokenizer", "priors", "data", "metrics", "pictures"},
-    {"objectives"},
+    {"objectives", "outputs", "tiling"},
     {"engine", "evaluate", "report"},
     {"runs"},
     {"demo"},

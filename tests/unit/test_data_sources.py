@@ -126,7 +126,7 @@ def test_single_image_is_in_every_split(tmp_path):
     path = write(tmp_path / "one.png", png(9))
     for split in ("train", "test", "all"):
         source = open_source(str(path), split)
-        assert (len(source), source[0].name, source[0].image) == (1, "one.png", path.read_bytes())
+        assert (len(source), source[0].name, source[0].content) == (1, "one.png", path.read_bytes())
 
 
 # Parquet
@@ -137,9 +137,9 @@ def test_parquet_reads_across_row_groups_and_files(tmp_path):
         images = [{"bytes": png(base + i), "path": None} for i in range(count)]
         write_parquet(tmp_path / f"{part}.parquet", images, [(base + i) % 3 for i in range(count)], row_group_size=2)
     train, test = open_source(str(tmp_path)), open_source(str(tmp_path), "test")
-    assert [Preprocess()(train[i].image)[0, 0, 0] for i in (8, 0, 4, 5, 7)] == [8, 0, 4, 5, 7]
+    assert [Preprocess()(train[i].content)[0, 0, 0] for i in (8, 0, 4, 5, 7)] == [8, 0, 4, 5, 7]
     assert [train[i].label for i in range(9)] == [i % 3 for i in range(9)]
-    assert [Preprocess()(test[i].image)[0, 0, 0] for i in range(3)] == [100, 101, 102]
+    assert [Preprocess()(test[i].content)[0, 0, 0] for i in range(3)] == [100, 101, 102]
     assert train.classes == ("0", "1", "2")
     everything = open_source(str(tmp_path), "all")
     assert len(set(names(everything))) == len(everything) == 12
@@ -151,7 +151,7 @@ def test_parquet_string_labels_plain_bytes_and_nulls(tmp_path):
     assert source.classes == ("cat", "dog")
     assert [source[i].label for i in range(3)] == [1, -1, 0]
     with pytest.raises(ImageError, match="x/00000001: empty"):
-        decode_image(source[1].image, source[1].name)
+        decode_image(source[1].content, source[1].name)
 
 
 def test_parquet_takes_class_names_from_the_metadata_of_datasets(tmp_path):
@@ -163,7 +163,7 @@ def test_parquet_takes_class_names_from_the_metadata_of_datasets(tmp_path):
     meta = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(meta), tmp_path / "x.parquet")
     source = open_source(str(tmp_path), "all")
-    assert (source.classes, source[0].label, source[0].image) == (("no", "yes"), 1, png())
+    assert (source.classes, source[0].label, source[0].content) == (("no", "yes"), 1, png())
 
 
 def test_parquet_without_an_image_column_lists_its_columns(tmp_path):
@@ -182,7 +182,7 @@ def test_parquet_cache_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("latticode.data.parquet.CACHE_BYTES", 1)
     path = write_parquet(tmp_path / "x.parquet", [png(i) for i in range(6)], row_group_size=2)
     source = open_source(str(path), "all")
-    assert [Preprocess()(source[i].image)[0, 0, 0] for i in (5, 0, 3, 1)] == [5, 0, 3, 1]
+    assert [Preprocess()(source[i].content)[0, 0, 0] for i in (5, 0, 3, 1)] == [5, 0, 3, 1]
     assert len(source._cache) == 1
 
 
@@ -202,7 +202,7 @@ def test_tar_groups_members_by_stem_and_picks_the_image(tmp_path):
     }
     path = write_tar(tmp_path / "shard.tar", members)
     source = open_source(str(path), "all")
-    found = [(r.name, r.label, r.image) for r in (source[i] for i in range(len(source)))]
+    found = [(r.name, r.label, r.content) for r in (source[i] for i in range(len(source)))]
     assert found == [
         ("shard/a/1", 2, b"jpeg of 1"),
         ("shard/a/2", 0, png(2)),
@@ -253,7 +253,7 @@ def test_idx_folder(tmp_path, suffix):
     assert (len(train), len(test), len(open_source(str(tmp_path), "all"))) == (7, 4, 11)
     assert train.classes == test.classes == tuple("0123456")
     assert (train[6].label, train[6].name, test[2].name) == (6, "train/000006", "test/000002")
-    np.testing.assert_array_equal(test[2].image, arrays["t10k"][2])
+    np.testing.assert_array_equal(test[2].content, arrays["t10k"][2])
 
 
 @pytest.mark.parametrize("damage", ["magic", "short", "header", "gzip", "labels"])
@@ -282,7 +282,7 @@ def test_idx_without_labels_or_test_part(tmp_path):
 def test_embedded_digits():
     source = open_source("embedded:digits", "all")
     assert (len(source), source.classes) == (1797, tuple("0123456789"))
-    images = np.stack([source[i].image for i in range(len(source))])
+    images = np.stack([source[i].content for i in range(len(source))])
     assert (images.shape, images.min(), images.max()) == ((1797, 8, 8), 0, 255)
     assert sorted({source[i].label for i in range(len(source))}) == list(range(10))
 
@@ -294,13 +294,13 @@ def test_embedded_photos_hold_out_whole_photographs():
     assert len(train) == 6
     for i in range(2):
         record = open_source("embedded:photos", "test")[i]
-        assert decode_image(record.image, record.name).mode == "RGB"
+        assert decode_image(record.content, record.name).mode == "RGB"
 
 
 def test_embedded_faces():
     source = open_source("embedded:faces", "all")
     assert (len(source), source[0].label, source[199].label) == (200, 0, 1)
-    assert source[0].image.shape == (25, 25)
+    assert source[0].content.shape == (25, 25)
 
 
 @pytest.fixture(params=[None, "x.png"], ids=["struct of bytes", "image feature"])
@@ -323,14 +323,14 @@ def hub_folder(request, tmp_path, monkeypatch) -> str:
 def test_hub_dataset(hub_folder):
     train, test = open_source(f"hub:{hub_folder}"), open_source(f"hub:{hub_folder}", "test")
     assert (len(train), len(test), train.classes) == (10, 10, ("a", "b"))
-    assert [(Preprocess()(test[i].image)[0, 0, 0], test[i].label) for i in (3, 0)] == [(53, 1), (50, 0)]
+    assert [(Preprocess()(test[i].content)[0, 0, 0], test[i].label) for i in (3, 0)] == [(53, 1), (50, 0)]
     assert train.name_of(0) == "train/00000000"
 
 
 def test_hub_stream(hub_folder):
     source = open_source(f"hub:{hub_folder}?streaming", "test")
     assert isinstance(source, StreamSource)
-    values = [(i, Preprocess()(record.image)[0, 0, 0], record.label) for i, record in source.records()]
+    values = [(i, Preprocess()(record.content)[0, 0, 0], record.label) for i, record in source.records()]
     assert values == [(i, 50 + i, i % 2) for i in range(10)]
     everything = open_source(f"hub:{hub_folder}?streaming", "all")
     assert [i for i, _ in everything.records()] == list(range(20))
@@ -358,13 +358,16 @@ def test_hub_failures_are_one_clear_error(monkeypatch, hub_folder):
 
 
 def test_unknown_sources_are_refused_with_the_valid_forms(tmp_path):
-    with pytest.raises(ValueError, match=r"'embedded:cats': embedded are digits, faces, photos\. Valid forms: .*hub:"):
+    with pytest.raises(
+        ValueError,
+        match=r"'embedded:cats': embedded are digits, faces, moving-digits, photos, tones\. Valid forms: .*hub:",
+    ):
         open_source("embedded:cats")
     with pytest.raises(ValueError, match=f"nearest folder that exists is '{tmp_path}'"):
         open_source(str(tmp_path / "no" / "such"))
     with pytest.raises(ValueError, match="no images under"):
         open_source(str(tmp_path))
-    with pytest.raises(ValueError, match=r"no reader for \.txt"):
+    with pytest.raises(ValueError, match=r"no reader of images for \.txt"):
         open_source(str(write(tmp_path / "a.txt", b"")))
     with pytest.raises(ValueError, match="the pattern matches no file"):
         open_source(str(tmp_path / "*.tar"))

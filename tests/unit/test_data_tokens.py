@@ -273,3 +273,44 @@ def test_token_epoch_is_everything_in_order(folder):
     parts = [list(TokenLoader(tokens, 4, rank=r, world=2).epoch()) for r in range(2)]
     assert torch.equal(torch.cat([b.codes for part in parts for b in part]), tokens.codes(range(17)))
     assert torch.equal(torch.cat([b.labels for part in parts for b in part]), tokens.labels)
+
+
+def test_ragged_shards_hold_every_grid(tmp_path):
+    parts = [make(1, (n,), seed=n) for n in (3, 1, 4, 1, 5)]
+    with TokenWriter(tmp_path, **IDENTITY, shard_size=3, ragged=True) as writer:
+        for codes, labels, _, _ in parts:
+            writer.write(codes, labels, [f"r{codes.shape[1]}"], [(8 * codes.shape[1],)])
+    tokens = TokenDataset(tmp_path, verify=True)
+    assert [shard["count"] for shard in tokens.manifest["shards"]] == [3, 2]
+    for i, (codes, labels, _, _) in enumerate(parts):
+        assert torch.equal(tokens[i][0], codes[0])
+        assert (tokens[i][1], tokens.grid_of(i), tokens.size(i)) == (
+            labels[0],
+            codes.shape[1:-1],
+            (8 * codes.shape[1],),
+        )
+    assert torch.equal(tokens.codes([3, 1]), torch.cat([parts[3][0], parts[1][0]]))  # of two shards
+    with pytest.raises(ValueError, match="4 grids, not one"):
+        _ = tokens.grid
+    with pytest.raises(ValueError, match=r"several grids: \[\(1,\), \(3,\)\]"):
+        tokens.codes([0, 1])
+    rows = np.load(tmp_path / "codes-00001.npy")
+    np.save(tmp_path / "codes-00001.npy", rows[::-1].reshape(3, 2, 2))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][1]["files"]["codes"]["bytes"] = (tmp_path / "codes-00001.npy").stat().st_size
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"holds .* \(3, 2, 2\); the manifest says integers \(6, 2\)"):
+        TokenDataset(tmp_path)
+
+
+def test_ragged_encoding_resumes(tmp_path):
+    parts = [make(1, (n,), seed=n) for n in (3, 1, 4)]
+    writer = TokenWriter(tmp_path, **IDENTITY, shard_size=2, ragged=True)
+    for codes, labels, names, sizes in parts:
+        writer.write(codes, labels, names, sizes)
+    del writer  # killed: the third record is lost
+    with TokenWriter(tmp_path, **IDENTITY, shard_size=2, ragged=True, resume=True) as writer:
+        assert writer.written == 2
+        writer.write(*parts[2])
+    tokens = TokenDataset(tmp_path)
+    assert all(torch.equal(tokens[i][0], codes[0]) for i, (codes, _, _, _) in enumerate(parts))

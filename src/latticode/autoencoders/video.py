@@ -134,8 +134,10 @@ class VideoDecoder(_Settings):
             widths = [here] + [width * multipliers[level]] * self.counts[level]
             here = widths[-1]
             parts: list[nn.Module] = [ResidualBlock3d(a, b, groups) for a, b in pairwise(widths)]
-            if level > 0:
-                parts.append(CausalUpsample(here, self.strides[level - 1]))
+            if level > 0:  # to the next width at once: most of the work is here
+                finer = width * multipliers[level - 1]
+                parts.append(CausalUpsample(here, finer, self.strides[level - 1]))
+                here = finer
             levels.append(nn.Sequential(*parts))
         self.up = nn.ModuleList(reversed(levels))  # up.0 is the finest level, as in ConvDecoder
         self.norm_out = FrameNorm(here, groups)

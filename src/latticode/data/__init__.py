@@ -1,13 +1,23 @@
-"""Images from anywhere, as batches; and tokens, the same way."""
+"""Images, recordings and clips from anywhere, as batches; and tokens, the same way."""
 
+from latticode.data.clips import VideoPreprocess
 from latticode.data.loading import Loader, TokenLoader
+from latticode.data.media import AUDIO, IMAGE, VIDEO, ContentError, Medium, Preparation
 from latticode.data.sources import Record, Source, StreamSource, open_source
 from latticode.data.tokens import TokenDataset, TokenWriter
 from latticode.data.transforms import ImageError, Preprocess, decode_image
+from latticode.data.waveforms import AudioPreprocess
 
 __all__ = [
+    "AUDIO",
+    "IMAGE",
+    "VIDEO",
+    "AudioPreprocess",
+    "ContentError",
     "ImageError",
     "Loader",
+    "Medium",
+    "Preparation",
     "Preprocess",
     "Record",
     "Source",
@@ -15,6 +25,7 @@ __all__ = [
     "TokenDataset",
     "TokenLoader",
     "TokenWriter",
+    "VideoPreprocess",
     "decode_image",
     "open_source",
 ]

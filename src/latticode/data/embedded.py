@@ -1,4 +1,4 @@
-"""Images that ship inside the scikit-learn and scikit-image wheels: no download, ever."""
+"""Images that ship inside the scikit-learn and scikit-image wheels, and what is made up: no download, ever."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from latticode.data.folders import FileSource
+from latticode.data.media import AUDIO, IMAGE, VIDEO
 from latticode.data.records import ArraySource, Source, select
+from latticode.data.synthetic import MovingDigits, Tones
 
 # Every colour photograph of everyday things in the two wheels. Left out: drawings and charts, grey pictures, medical
 # and astronomical ones (ihc, retina, hubble_deep_field), and color.png. motorcycle_left and _right are one stereo pair.
@@ -55,7 +57,25 @@ class _Photos(FileSource):
         return Path(self.files[i]).name
 
 
-SETS = {"digits": open_digits, "faces": open_faces, "photos": open_photos}
+def open_tones(name: str, split: str, holdout: float) -> Source:
+    """240 synthetic vowels of 0.3 to 0.5 s at 8 kHz, 5 classes: for trying audio out."""
+    return select(Tones(name), None, split, holdout)
+
+
+def open_moving_digits(name: str, split: str, holdout: float) -> Source:
+    """1,797 clips of 12 frames, 32x32 grey: the digits, each flying through the picture. 10 classes."""
+    digits = open_digits(name, "all", holdout)
+    assert isinstance(digits, ArraySource)
+    return select(MovingDigits(name, digits), None, split, holdout)
+
+
+SETS = {
+    "digits": (IMAGE, open_digits),
+    "faces": (IMAGE, open_faces),
+    "photos": (IMAGE, open_photos),
+    "tones": (AUDIO, open_tones),
+    "moving-digits": (VIDEO, open_moving_digits),
+}
 
 
 def _locate(path: str) -> Path:

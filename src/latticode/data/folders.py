@@ -1,24 +1,17 @@
-"""Folders of image files, and single image files."""
+"""Folders of files of one kind, and single files."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
+from latticode.data.media import IMAGE, VIDEO, Medium
 from latticode.data.records import Record, Source, part_of, select
-
-# without the dot, lower case
-PHOTOS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "avif", "jp2", "gif")
-OTHERS = ("bmp", "tif", "tiff", "tga", "ppm", "pgm", "pbm", "pnm")
-EXTENSIONS = frozenset((*PHOTOS, *OTHERS))
-
-
-def is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 class FileSource(Source):
-    """Image files below `root`; the name of a record is its path relative to it, with forward slashes."""
+    """Files below `root`, or folders of a clip's frames; a record's name is its relative path with forward slashes."""
 
     def __init__(self, name: str, root: Path, files: list[str], labels: list[int], classes: tuple[str, ...]):
         self.name, self.root, self.files, self.labels, self.classes = name, root, files, labels, classes
@@ -27,28 +20,33 @@ class FileSource(Source):
         return len(self.files)
 
     def __getitem__(self, i: int) -> Record:
-        return Record((self.root / self.files[i]).read_bytes(), self.labels[i], self.name_of(i))
+        path = self.root / self.files[i]
+        content = tuple(map(Path.read_bytes, _frames(path))) if path.is_dir() else path.read_bytes()
+        return Record(content, self.labels[i], self.name_of(i))
 
     def name_of(self, i: int) -> str:
         return self.files[i]
 
 
 def open_file(name: str, path: Path) -> Source:
-    """One image file. It is in every split: there is nothing to hold out."""
+    """One file. It is in every split: there is nothing to hold out."""
     return FileSource(name, path.parent, [path.name], [-1], ())
 
 
-def open_folder(name: str, root: Path, split: str, holdout: float) -> Source:
-    """All image files below `root`, sorted by path.
+def open_folder(name: str, root: Path, split: str, holdout: float, medium: Medium = IMAGE) -> Source:
+    """All files of `medium` below `root`, sorted by path. A folder that directly holds images is a clip of its frames.
 
     The label is the name of the folder directly under the root, none for files in the root itself. Folders named
     train and test (or val) directly under the root are the splits, and the classes lie under them; classes are
-    numbered over all splits together. Raises ValueError if there is no image.
+    numbered over all splits together. Raises ValueError if there is nothing.
     """
-    files = sorted(_walk(root))
+    files = sorted(_walk(root, medium))
     if not files:
-        endings = ", ".join(sorted(EXTENSIONS))
-        raise ValueError(f"no images under {str(root)!r}; known endings: {endings}; or *.parquet, *.tar, idx files")
+        endings = ", ".join(sorted(medium.endings)) + (", or folders of frames" if medium is VIDEO else "")
+        raise ValueError(
+            f"no {medium.noun}s under {str(root)!r}; known endings: {endings}; or *.parquet, *.tar"
+            + (", idx files" if medium is IMAGE else "")
+        )
     parts = [_split_folder(file) for file in files]
     named = {"train", "test"} <= set(parts) or {"train", "val"} <= set(parts)
     groups = []
@@ -67,8 +65,9 @@ def _split_folder(file: str) -> str | None:
     return part_of(first) if rest and first.lower() in ("train", "test", "val", "validation") else None
 
 
-def _walk(root: Path) -> list[str]:
-    """Relative paths of the image files below `root`; hidden ones left out, links followed, each folder once."""
+def _walk(root: Path, medium: Medium) -> list[str]:
+    """Relative paths of the files of `medium` below `root`, and for clips of folders that directly hold images; hidden
+    ones left out, links followed, each folder once."""
     found, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -78,5 +77,17 @@ def _walk(root: Path) -> list[str]:
         seen.add(real)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith((".", "__MACOSX")))
         relative = Path(folder).relative_to(root)
-        found += [(relative / file).as_posix() for file in files if is_image(file) and not file.startswith(".")]
+        found += [(relative / file).as_posix() for file in files if medium.holds(file) and not file.startswith(".")]
+        if medium is VIDEO and any(_is_frame(file) for file in files):
+            found.append(relative.as_posix())
     return found
+
+
+def _is_frame(file: str) -> bool:
+    return IMAGE.holds(file) and not VIDEO.holds(file) and not file.startswith(".")
+
+
+def _frames(folder: Path) -> list[Path]:
+    """The pictures of a clip in order, 2.png before 10.png."""
+    files = [file for file in folder.iterdir() if _is_frame(file.name)]
+    return sorted(files, key=lambda file: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", file.name)])

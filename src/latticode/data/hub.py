@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from latticode.data.parquet import IMAGE_COLUMNS, LABEL_COLUMNS
+from latticode.data.media import IMAGE, Medium
+from latticode.data.parquet import LABEL_COLUMNS
 from latticode.data.records import (
     Record,
     Source,
@@ -23,14 +24,14 @@ from latticode.data.records import (
 class HubSource(Source):
     """A downloaded dataset, its splits one after another."""
 
-    def __init__(self, name: str, splits: dict[str, Any]):
+    def __init__(self, name: str, splits: dict[str, Any], medium: Medium = IMAGE):
         import datasets
 
         self.name = name
         self.splits = list(splits)
-        self.parts = [_encoded(part) for part in splits.values()]
+        self.parts = [_encoded(part, medium) for part in splits.values()]
         self.joined = datasets.concatenate_datasets(self.parts)
-        self.column, label, self.classes = _columns(self.parts[0].features, name)
+        self.column, label, self.classes = _columns(self.parts[0].features, name, medium)
         self.labels, numbered = number_labels(self.joined[label][:] if label else [None] * len(self.joined))
         self.classes = self.classes or numbered
 
@@ -51,17 +52,17 @@ class HubSource(Source):
 class HubStream(StreamSource):
     """A dataset read over the network as it is used; split by position where it has no test split."""
 
-    def __init__(self, name: str, splits: dict[str, Any], split: str, holdout: float):
+    def __init__(self, name: str, splits: dict[str, Any], split: str, holdout: float, medium: Medium = IMAGE):
         import datasets
 
         self.name, self.split, self.holdout = name, split, holdout
         part = held_out_part({part_of(key) for key in splits}, split, name) if split != "all" else None
         self.by_position = part is None and split != "all"
-        streams = [_encoded(stream) for key, stream in splits.items() if part is None or part_of(key) == part]
+        streams = [_encoded(stream, medium) for key, stream in splits.items() if part is None or part_of(key) == part]
         features = next(iter(splits.values())).features
         if features is None:
             raise ValueError(f"{name!r} does not declare its columns, so it cannot be streamed; leave out ?streaming")
-        self.column, self.label, self.classes = _columns(features, name)
+        self.column, self.label, self.classes = _columns(features, name, medium)
         self.stream: Any = datasets.concatenate_datasets(streams)
 
     def records(self) -> Iterator[tuple[int, Record]]:
@@ -74,7 +75,7 @@ class HubStream(StreamSource):
             yield position, Record(_bytes(row[self.column]), label, name)
 
 
-def open_hub(source: str, split: str, holdout: float) -> Source:
+def open_hub(source: str, split: str, holdout: float, medium: Medium = IMAGE) -> Source:
     """`hub:owner/name`, with `?streaming` and `?config=NAME` joined by `&`. A local folder works as a name too.
 
     Raises ValueError for an option that does not exist, and with one message for whatever `datasets` cannot load: no
@@ -87,8 +88,8 @@ def open_hub(source: str, split: str, holdout: float) -> Source:
     streaming = "streaming" in options
     splits = _load(source, name, options.get("config", [None])[0], streaming)
     if streaming:
-        return HubStream(source, splits, split, holdout)
-    hub = HubSource(source, splits)
+        return HubStream(source, splits, split, holdout, medium)
+    hub = HubSource(source, splits, medium)
     rows = zip(hub.splits, hub.parts, strict=True)
     return select(hub, [part_of(key) for key, part in rows for _ in range(len(part))], split, holdout)
 
@@ -106,18 +107,18 @@ def _load(source: str, name: str, config: str | None, streaming: bool) -> dict[s
     return {str(key): part for key, part in loaded.items()}  # type: ignore[union-attr]
 
 
-def _columns(features: Any, name: str) -> tuple[str, str | None, tuple[str, ...]]:
-    """(image column, label column or None, class names)."""
+def _columns(features: Any, name: str, medium: Medium) -> tuple[str, str | None, tuple[str, ...]]:
+    """(column of `medium`, label column or None, class names)."""
     import datasets
 
-    images = [c for c, kind in features.items() if isinstance(kind, datasets.Image)]
-    images = images or [c for c in IMAGE_COLUMNS if _holds_bytes(features.get(c))]
-    images = [c for c in images if c in IMAGE_COLUMNS] or images
-    if not images:
-        raise ValueError(f"{name!r} has no image column, only {', '.join(features)}")
+    found = [c for c, kind in features.items() if type(kind).__name__ == medium.feature]
+    found = found or [c for c in medium.columns if _holds_bytes(features.get(c))]
+    found = [c for c in found if c in medium.columns] or found
+    if not found:
+        raise ValueError(f"{name!r} has no {medium.noun} column, only {', '.join(features)}")
     label = next((c for c in LABEL_COLUMNS if _names_a_class(features.get(c))), None)
     kind = features[label] if label else None
-    return images[0], label, tuple(kind.names or ()) if isinstance(kind, datasets.ClassLabel) else ()
+    return found[0], label, tuple(kind.names or ()) if isinstance(kind, datasets.ClassLabel) else ()
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -134,13 +135,13 @@ def _names_a_class(kind: Any) -> bool:
     return plain or isinstance(kind, datasets.ClassLabel)
 
 
-def _encoded(dataset: Any) -> Any:
-    """The dataset with its image columns left as encoded bytes."""
+def _encoded(dataset: Any, medium: Medium) -> Any:
+    """The dataset with its columns of `medium` left as encoded bytes."""
     import datasets
 
     for column, kind in (dataset.features or {}).items():
-        if isinstance(kind, datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        if type(kind).__name__ == medium.feature:
+            dataset = dataset.cast_column(column, getattr(datasets, medium.feature)(decode=False))
     return dataset
 
 

@@ -1,4 +1,4 @@
-"""Batches of images and of tokens: deterministic, resumable at any step, sharded over ranks, read ahead by threads."""
+"""Batches of examples and of tokens: deterministic, resumable at any step, sharded, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 import torch
 
 from latticode.data.decoding import FLIP, Decoder, Row
+from latticode.data.media import Preparation
 from latticode.data.order import IndexStream, chunks, prefetch, shuffled
 from latticode.data.records import Record, Source, StreamSource
 from latticode.data.tokens import TokenDataset
-from latticode.data.transforms import Preprocess
 from latticode.types import Batch, CodeBatch
 from latticode.values import to_float
 
 
 class Loader:
-    """Images of a source as float batches.
+    """Images, recordings or clips of a source as float batches.
 
     Args:
         source: what to read.
-        preprocess: how to turn a record into pixels. A random crop and a flip apply to `batches` only.
+        preprocess: how to turn a record into an example. Random windows and flips apply to `batches` only.
         batch_size: per rank.
         seed, rank, world: see `IndexStream`.
         workers: threads that read and decode ahead; the batches are the same whatever their number.
-        augment: False leaves out random crop and flip in `batches` too.
+        augment: False leaves out random windows and flips in `batches` too.
 
     A record that cannot be read is noted in `skipped` (name -> reason). Small sources are decoded once, see `Decoder`.
     """
@@ -35,7 +35,7 @@ class Loader:
     def __init__(
         self,
         source: Source,
-        preprocess: Preprocess,
+        preprocess: Preparation,
         batch_size: int,
         *,
         seed: int = 0,
@@ -50,8 +50,8 @@ class Loader:
         self.streaming = isinstance(source, StreamSource)
         length = 1 if self.streaming else len(source)
         self.order = IndexStream(length, batch_size, seed=seed, rank=rank, world=world)
-        crops = augment and preprocess.crop == "random"
-        self._decoder = Decoder(source, preprocess, length, seed=seed, crops=crops, caches=not self.streaming)
+        windows = augment and preprocess.windowed
+        self._decoder = Decoder(source, preprocess, length, seed=seed, windows=windows, caches=not self.streaming)
         self._flips = augment and preprocess.flip
         self._coins = lru_cache(maxsize=2)(self._epoch_coins)
 
@@ -72,7 +72,7 @@ class Loader:
         `batches(k)` equals the tail of `batches(0)`. A record that cannot be read is replaced by the next readable one
         of the source. A streamed source is shuffled within a buffer, and a start is reached by reading up to it.
 
-        Raises ValueError if no record can be read, or if images of one batch differ in size.
+        Raises ValueError if no record can be read, or if what is in one batch differs in size.
         """
         if start < 0:
             raise ValueError(f"start must be >= 0, got {start}")
@@ -81,14 +81,14 @@ class Loader:
     def epoch(self) -> Iterator[Batch]:
         """This rank's part of one ordered pass, without augmentation; the last batch is smaller.
 
-        A record that cannot be read is left out. With `size` None a batch also ends where the image size changes.
+        A record that cannot be read is left out. Without one common shape a batch also ends where the shape changes.
         Raises ValueError if this rank has records and none can be read.
         """
         seen, good = 0, 0
         for asked, rows in prefetch(self._stream_pass() if self.streaming else self._pass(), self.workers):
             seen, good = seen + asked, good + len(rows)
-            for _, run in groupby(rows, key=lambda row: row.pixels.shape):
-                yield _collate(list(run))
+            for _, run in groupby(rows, key=lambda row: row.values.shape):
+                yield self._collate(list(run))
         if seen and not good:
             raise self._decoder.nothing_readable()
 
@@ -108,7 +108,7 @@ class Loader:
     def _batch(self, epochs: np.ndarray, indices: np.ndarray, flips: np.ndarray) -> Batch:
         if (cached := self._decoder.gather(indices)) is not None:
             return _to_batch(*cached, indices, flips)
-        return _collate([self._good(int(e), int(i)) for e, i in zip(epochs, indices, strict=True)], flips)
+        return self._collate([self._good(int(e), int(i)) for e, i in zip(epochs, indices, strict=True)], flips)
 
     def _good(self, epoch: int, index: int) -> Row:
         """The record at `index`, or the next one that can be read."""
@@ -153,7 +153,7 @@ class Loader:
                 raise self._decoder.nothing_readable()
             rows.append(row)
             flips.append(self._flips and np.random.default_rng((self.order.seed, epoch, index, FLIP)).random() < 0.5)
-        return _collate(rows, np.asarray(flips))
+        return self._collate(rows, np.asarray(flips))
 
     def _stream_pass(self) -> Iterator[Callable[[], tuple[int, list[Row]]]]:
         """A rank's records of a streamed pass: every `world`-th run of `batch_size` records."""
@@ -169,6 +169,16 @@ class Loader:
     def _stream_rows(self, held: list[tuple[int, Record]]) -> tuple[int, list[Row]]:
         rows = [self._decoder.decode(record, index) for index, record in held]
         return len(held), [row for row in rows if row is not None]
+
+    def _collate(self, rows: list[Row], flips: np.ndarray | None = None) -> Batch:
+        values, labels, indices = zip(*rows, strict=True)
+        if len(shapes := {array.shape for array in values}) > 1:
+            sizes = " and ".join("x".join(map(str, shape[1:])) for shape in sorted(shapes)[:2])
+            medium = self.preprocess.medium
+            raise ValueError(
+                f"the {medium.noun}s of one batch differ in size ({sizes}); give the preprocessing a {medium.sized}"
+            )
+        return _to_batch(np.stack(values), np.asarray(labels, np.int64), np.asarray(indices, np.int64), flips)
 
 
 class TokenLoader:
@@ -194,16 +204,10 @@ class TokenLoader:
         return CodeBatch(self.tokens.codes(indices), self.tokens.labels[torch.from_numpy(indices)])
 
 
-def _collate(rows: list[Row], flips: np.ndarray | None = None) -> Batch:
-    images, labels, indices = zip(*rows, strict=True)
-    if len(shapes := {image.shape for image in images}) > 1:
-        sizes = " and ".join(f"{h}x{w}" for _, h, w in sorted(shapes)[:2])
-        raise ValueError(f"the images of one batch differ in size ({sizes}); give the preprocessing a size")
-    return _to_batch(np.stack(images), np.asarray(labels, np.int64), np.asarray(indices, np.int64), flips)
-
-
-def _to_batch(images: np.ndarray, labels: np.ndarray, indices: np.ndarray, flips: np.ndarray | None) -> Batch:
-    """`images` (B, C, H, W) uint8 is owned by the batch."""
+def _to_batch(values: np.ndarray, labels: np.ndarray, indices: np.ndarray, flips: np.ndarray | None) -> Batch:
+    """`values` (B, C, *size), owned by the batch: uint8 pixels or float32."""
     if flips is not None and flips.any():
-        images[flips] = images[flips][..., ::-1]
-    return Batch(to_float(torch.from_numpy(images)), torch.from_numpy(labels), torch.from_numpy(indices))
+        values[flips] = values[flips][..., ::-1]
+    inputs = torch.from_numpy(values)
+    inputs = to_float(inputs) if inputs.dtype == torch.uint8 else inputs
+    return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(indices))

@@ -1,4 +1,4 @@
-"""Parquet files with an image column, as the Hub distributes them."""
+"""Parquet files with a column of encoded images, recordings or clips, as the Hub distributes them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from latticode.data.media import IMAGE, Medium
 from latticode.data.records import Record, Source, number_labels, select
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "fine_label")
 CACHE_BYTES = 512 * 2**20  # of encoded row groups kept in memory
 
@@ -21,10 +21,10 @@ CACHE_BYTES = 512 * 2**20  # of encoded row groups kept in memory
 class ParquetSource(Source):
     """Rows of parquet files, read by row group; the row groups used last stay in memory up to CACHE_BYTES.
 
-    Files beyond that are best read in order: a shuffled pass over them reads a row group per image.
+    Files beyond that are best read in order: a shuffled pass over them reads a row group per record.
     """
 
-    def __init__(self, name: str, files: list[Path]):
+    def __init__(self, name: str, files: list[Path], medium: Medium = IMAGE):
         import pyarrow.parquet as pq
 
         self.name, self.files = name, files
@@ -42,7 +42,7 @@ class ParquetSource(Source):
             with file:
                 schema, metadata = file.schema_arrow, file.metadata
                 features = _features(schema.metadata)
-                self.column = _image_column(schema, features, path)
+                self.column = _column(schema, features, path, medium)
                 label = next((c for c in LABEL_COLUMNS if _names_a_class(schema, c)), None)
                 rows = metadata.num_rows
                 raw += file.read([label])[label].to_pylist() if label else [None] * rows
@@ -62,15 +62,15 @@ class ParquetSource(Source):
 
     def __getitem__(self, i: int) -> Record:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1
-        image = self._group(self._places[group])[i - int(self._starts[group])].as_py()
-        return Record(image or b"", int(self.labels[i]), self.name_of(i))
+        content = self._group(self._places[group])[i - int(self._starts[group])].as_py()
+        return Record(content or b"", int(self.labels[i]), self.name_of(i))
 
     def name_of(self, i: int) -> str:
         file = int(np.searchsorted(self._first, i, side="right")) - 1
         return f"{self.files[file].stem}/{i - int(self._first[file]):08d}"
 
     def _group(self, place: tuple[int, int]) -> Any:
-        """The encoded images of a row group, an arrow array of binaries."""
+        """The encoded contents of a row group, an arrow array of binaries."""
         import pyarrow.parquet as pq
         from pyarrow import types
 
@@ -89,9 +89,11 @@ class ParquetSource(Source):
         return column
 
 
-def open_parquet(name: str, files: list[Path], parts: list[str | None], split: str, holdout: float) -> Source:
+def open_parquet(
+    name: str, files: list[Path], parts: list[str | None], split: str, holdout: float, medium: Medium = IMAGE
+) -> Source:
     """Rows of `files`; `parts` is the split that each file is said to belong to."""
-    source = ParquetSource(name, files)
+    source = ParquetSource(name, files, medium)
     return select(source, [p for p, n in zip(parts, source.rows_of, strict=True) for _ in range(n)], split, holdout)
 
 
@@ -114,8 +116,8 @@ def _names_a_class(schema: Any, column: str) -> bool:
     return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
 
 
-def _image_column(schema: Any, features: dict[str, Any], path: Path) -> str:
-    """The image column: the one declared as such, else one with a usual name, else the only one of bytes."""
+def _column(schema: Any, features: dict[str, Any], path: Path, medium: Medium) -> str:
+    """The column of `medium`: the one declared as such, else one with a usual name, else the only one of bytes."""
     from pyarrow import types
 
     def holds_bytes(kind: Any) -> bool:
@@ -124,11 +126,11 @@ def _image_column(schema: Any, features: dict[str, Any], path: Path) -> str:
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     candidates = [f.name for f in schema if holds_bytes(f.type)]
-    candidates = [c for c in candidates if features.get(c, {}).get("_type", "Image") == "Image"]
-    declared = [c for c in candidates if c in features] or [c for c in candidates if c in IMAGE_COLUMNS] or candidates
+    candidates = [c for c in candidates if features.get(c, {}).get("_type", medium.feature) == medium.feature]
+    declared = [c for c in candidates if c in features] or [c for c in candidates if c in medium.columns] or candidates
     if len(declared) != 1:
         raise ValueError(
-            f"{path} has {len(declared)} image columns among {', '.join(schema.names)}; "
-            f"needed: one of type bytes or struct{{bytes, path}}, called {' or '.join(IMAGE_COLUMNS[:2])}"
+            f"{path} has {len(declared)} {medium.noun} columns among {', '.join(schema.names)}; "
+            f"needed: one of type bytes or struct{{bytes, path}}, called {' or '.join(medium.columns[:2])}"
         )
     return declared[0]

@@ -1,4 +1,4 @@
-"""What a source of images is, and how one without named splits is split."""
+"""What a source of images, recordings or clips is, and how one without named splits is split."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ MAX_CLASSES = 1_000_000  # a larger integer in a label column is an identifier, 
 
 @dataclass(frozen=True)
 class Record:
-    """One image as its source stores it; `transforms.decode_image` turns it into pixels."""
+    """One image, recording or clip as its source stores it; a `Preparation` decodes it."""
 
-    image: Image.Image | bytes | np.ndarray  # bytes = an encoded file; array = (H, W) or (H, W, C)
+    content: Image.Image | bytes | np.ndarray | tuple[bytes, ...]  # an encoded file; (H, W[, C]); files of frames
     label: int  # -1 = none
     name: str  # unique within the source
+    frames: int = 0  # of a clip that is stored as one picture, side by side
 
 
 class Source(ABC):
-    """An ordered, random-access collection of images. Reading is safe from several threads."""
+    """An ordered, random-access collection of records. Reading is safe from several threads."""
 
     name: str  # what the user typed
     classes: tuple[str, ...]  # names by label; empty = unlabelled
@@ -40,7 +41,7 @@ class Source(ABC):
 
     @abstractmethod
     def name_of(self, i: int) -> str:
-        """The name of record `i`, without reading its image."""
+        """The name of record `i`, without reading its content."""
 
 
 class StreamSource(Source):
@@ -136,7 +137,7 @@ def select(base: Source, parts: Sequence[str | None] | None, split: str, holdout
     Raises ValueError if that leaves nothing.
     """
     if len(base) == 0:
-        raise ValueError(f"{base.name!r} holds no images")
+        raise ValueError(f"{base.name!r} holds nothing")
     if split == "all":
         return base
     part = held_out_part(set(parts), split, base.name) if parts is not None else None

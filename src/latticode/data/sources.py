@@ -6,12 +6,13 @@ import glob
 from pathlib import Path
 
 from latticode.data import embedded, folders, hub, idx, parquet, webdataset
+from latticode.data.media import IMAGE, Medium
 from latticode.data.records import SPLITS, Record, Source, StreamSource, part_of
 
 __all__ = ["FORMS", "Record", "Source", "StreamSource", "open_source"]
 
 FORMS = (
-    "a folder of images, or one image file",
+    "a folder of images, recordings or clips, or one such file",
     "a *.parquet file or a folder of them",
     "a *.tar WebDataset shard, a folder of them, or a pattern such as 'shards/train-*.tar'",
     "a folder of idx files (train-images-idx3-ubyte.gz ...)",
@@ -20,11 +21,11 @@ FORMS = (
 )
 
 
-def open_source(source: str, split: str = "train", *, holdout: float = 0.1) -> Source:
-    """The records of `source` (see `FORMS`) that belong to `split`: 'train', 'test' or 'all'.
+def open_source(source: str, split: str = "train", *, holdout: float = 0.1, medium: Medium = IMAGE) -> Source:
+    """The records of `source` (see `FORMS`), all of one `medium`, that belong to `split`: 'train', 'test' or 'all'.
 
     A source with splits of its own keeps them. Any other is split by a hash of each record's name, a fraction `holdout`
-    going to test. Raises ValueError for an unknown form, a path that does not exist, a source or split without images,
+    going to test. Raises ValueError for an unknown form, a path that does not exist, a source or split without any,
     and damaged files.
     """
     if split not in SPLITS:
@@ -32,45 +33,50 @@ def open_source(source: str, split: str = "train", *, holdout: float = 0.1) -> S
     if not 0 < holdout < 1:
         raise ValueError(f"holdout must lie strictly between 0 and 1, got {holdout}")
     if source.startswith("hub:"):
-        return hub.open_hub(source, split, holdout)
+        return hub.open_hub(source, split, holdout, medium)
     if source.startswith("embedded:"):
         name = source.removeprefix("embedded:")
         if name not in embedded.SETS:
             raise ValueError(_unknown(source, f"embedded are {', '.join(sorted(embedded.SETS))}"))
-        return embedded.SETS[name](source, split, holdout)
+        kind, opener = embedded.SETS[name]
+        if kind is not medium:
+            raise ValueError(f"{source} holds {kind.noun}s, not {medium.noun}s: data.kind={kind.name} reads it")
+        return opener(source, split, holdout)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _open_folder(source, path, split, holdout)
+        return _open_folder(source, path, split, holdout, medium)
     if path.is_file():
-        return _open_files(source, [path], [None], split, holdout)
+        return _open_files(source, [path], [None], split, holdout, medium)
     if any(character in source for character in "*?["):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
         if not files:
             raise ValueError(_unknown(source, "the pattern matches no file"))
-        return _open_files(source, files, [part_of(file.name) for file in files], split, holdout)
+        return _open_files(source, files, [part_of(file.name) for file in files], split, holdout, medium)
     existing = next(parent for parent in path.absolute().parents if parent.is_dir())
     raise ValueError(_unknown(source, f"no such path; the nearest folder that exists is {str(existing)!r}"))
 
 
-def _open_folder(source: str, folder: Path, split: str, holdout: float) -> Source:
-    if files := idx.find(folder):
+def _open_folder(source: str, folder: Path, split: str, holdout: float, medium: Medium) -> Source:
+    if medium is IMAGE and (files := idx.find(folder)):
         return idx.open_idx(source, files, split, holdout)
     for suffix in (".parquet", ".tar"):
         if shards := sorted(file for file in folder.iterdir() if file.suffix == suffix and file.is_file()):
-            return _open_files(source, shards, [part_of(shard.name) for shard in shards], split, holdout)
-    return folders.open_folder(source, folder, split, holdout)
+            return _open_files(source, shards, [part_of(shard.name) for shard in shards], split, holdout, medium)
+    return folders.open_folder(source, folder, split, holdout, medium)
 
 
-def _open_files(source: str, files: list[Path], parts: list[str | None], split: str, holdout: float) -> Source:
+def _open_files(
+    source: str, files: list[Path], parts: list[str | None], split: str, holdout: float, medium: Medium
+) -> Source:
     """`parts` is the split that each file's name says; a file that the user named alone says none."""
     suffixes = {file.suffix.lower() for file in files}
     if suffixes == {".parquet"}:
-        return parquet.open_parquet(source, files, parts, split, holdout)
+        return parquet.open_parquet(source, files, parts, split, holdout, medium)
     if suffixes == {".tar"}:
-        return webdataset.open_tars(source, files, parts, split, holdout)
-    if len(files) == 1 and folders.is_image(files[0].name):
+        return webdataset.open_tars(source, files, parts, split, holdout, medium)
+    if len(files) == 1 and medium.holds(files[0].name):
         return folders.open_file(source, files[0])
-    raise ValueError(_unknown(source, f"no reader for {', '.join(sorted(suffixes)) or 'it'}"))
+    raise ValueError(_unknown(source, f"no reader of {medium.noun}s for {', '.join(sorted(suffixes)) or 'it'}"))
 
 
 def _unknown(source: str, reason: str) -> str:

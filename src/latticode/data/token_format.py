@@ -1,9 +1,11 @@
 """The token dataset, version 1: a folder with manifest.json and memory-mappable shards.
 
     manifest.json        schema, tokenizer spec and hash, vocab, preprocessing, classes, counts, checksums, skipped
-    codes-00000.npy      (n, *grid, K), the smallest unsigned type that holds the vocab; one grid per shard
+    codes-00000.npy      (n, *grid, K), the smallest unsigned type that holds the vocab; one grid per shard. Or, where
+                         the manifest says grid null, ragged: (positions of all n records one after another, K)
     labels-00000.npy     (n,) int64, -1 = none
-    names-00000.jsonl    {"name": ..., "size": [H, W]} per record; the size in pixels before any padding
+    names-00000.jsonl    {"name": ..., "size": [H, W]} per record; clips [T, H, W], recordings [T];
+                         before any padding. With "grid": [h, w] in a ragged shard
 
 File names follow from the shard number, so a manifest can point at nothing outside its folder. Every file is written to
 a temporary name and renamed, the manifest after the shard it lists: whatever the manifest names is whole.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -33,9 +34,10 @@ class UnfinishedError(ValueError):
 class TokenWriter:
     """Writes a token dataset shard by shard.
 
-    A shard is finished when it holds `shard_size` records or the grid changes; what is not in a finished shard is lost
-    if the process dies. With `resume` the writer continues after the last finished shard: the caller leaves out the
-    first `written` records. Used as a context manager it closes unless an exception passes through.
+    A shard is finished when it holds `shard_size` records or, unless it may be `ragged`, the grid changes; what is not
+    in a finished shard is lost if the process dies. With `resume` the writer continues after the last finished shard:
+    the caller leaves out the first `written` records. Used as a context manager it closes unless an exception passes
+    through.
 
     Raises ValueError if the folder already holds tokens and `resume` is False, or if what it holds was written with
     another tokenizer, vocab, preprocessing or classes.
@@ -51,6 +53,7 @@ class TokenWriter:
         preprocess: dict[str, Any],
         classes: Sequence[str] = (),
         shard_size: int = 16384,
+        ragged: bool = False,
         resume: bool = False,
     ):
         if shard_size < 1:
@@ -58,6 +61,7 @@ class TokenWriter:
         if not vocab or min(vocab) < 1:
             raise ValueError(f"vocab must name at least one code slot of size >= 1, got {tuple(vocab)}")
         self.folder, self.shard_size, self.vocab = Path(folder), shard_size, tuple(vocab)
+        self.ragged = ragged
         self.manifest: dict[str, Any] = {
             "schema": SCHEMA,
             "complete": False,
@@ -91,7 +95,7 @@ class TokenWriter:
         codes: Tensor,  # (B, *grid, K) int64
         labels: Tensor,  # (B,)
         names: Sequence[str],
-        sizes: Sequence[tuple[int, int]],  # (H, W) in pixels before padding
+        sizes: Sequence[Sequence[int]],  # (H, W), (T, H, W) or (T,) before padding
     ) -> None:
         """Append B records. Raises ValueError for codes outside `vocab` or of another K, and for unequal lengths."""
         if codes.ndim < 2 or codes.shape[-1] != len(self.vocab):
@@ -103,11 +107,12 @@ class TokenWriter:
         check_codes(array, self.vocab, "the tokenizer")
         array = array.astype(self._dtype)
         for row, label, name, size in zip(array, labels.tolist(), names, sizes, strict=True):
-            if self._codes and self._codes[0].shape != row.shape:
+            if self._codes and self._codes[0].shape != row.shape and not self.ragged:
                 self._finish_shard()
             self._codes.append(row)
             self._labels.append(int(label))
-            self._lines.append(json.dumps({"name": name, "size": [int(size[0]), int(size[1])]}))
+            line: dict[str, Any] = {"name": name, "size": [int(n) for n in size]}
+            self._lines.append(json.dumps(line | {"grid": list(row.shape[:-1])} if self.ragged else line))
             if len(self._codes) == self.shard_size:
                 self._finish_shard()
 
@@ -140,7 +145,10 @@ class TokenWriter:
         self.manifest.update({key: old[key] for key in ("count", "shards", "skipped")})
 
     def _finish_shard(self) -> None:
-        number, codes = len(self.manifest["shards"]), np.stack(self._codes)
+        number = len(self.manifest["shards"])
+        codes = (
+            np.concatenate([c.reshape(-1, c.shape[-1]) for c in self._codes]) if self.ragged else np.stack(self._codes)
+        )
         labels, text = np.asarray(self._labels, np.int64), "".join(line + "\n" for line in self._lines)
         writers: dict[str, Callable[[BinaryIO], Any]] = {
             "codes": lambda file: np.save(file, codes, allow_pickle=False),
@@ -153,9 +161,9 @@ class TokenWriter:
             with replacing(path) as temporary, temporary.open("wb") as file:
                 write(file)
             files[kind] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        grid = list(codes.shape[1:-1])
-        self.manifest["shards"].append({"count": len(codes), "grid": grid, "dtype": codes.dtype.name, "files": files})
-        self.manifest["count"] += len(codes)
+        grid, count = None if self.ragged else list(codes.shape[1:-1]), len(labels)
+        self.manifest["shards"].append({"count": count, "grid": grid, "dtype": codes.dtype.name, "files": files})
+        self.manifest["count"] += count
         self._save_manifest()
         self._codes, self._labels, self._lines = [], [], []
 
@@ -196,12 +204,14 @@ class TokenDataset:
         shards = self.manifest["shards"]
         for number, shard in enumerate(shards):
             self._check_files(number, shard["files"], verify)
-        self._grids = [tuple(shard["grid"]) for shard in shards]
+        self._grids = [None if shard["grid"] is None else tuple(shard["grid"]) for shard in shards]  # None: ragged
         self._starts = [0, *accumulate(shard["count"] for shard in shards)]
-        self._codes = [self._load("codes", n, (s["count"], *s["grid"], len(self.vocab))) for n, s in enumerate(shards)]
+        self._lines = lru_cache(maxsize=4)(self._read_lines)
+        self._firsts = lru_cache(maxsize=4)(self._read_firsts)
+        shapes = [(self._firsts(n)[-1],) if g is None else (shards[n]["count"], *g) for n, g in enumerate(self._grids)]
+        self._codes = [self._load("codes", n, (*shape, len(self.vocab))) for n, shape in enumerate(shapes)]
         labels = [self._load("labels", n, (s["count"],)) for n, s in enumerate(shards)]
         self.labels = torch.from_numpy(np.concatenate([*labels, np.empty(0, np.int64)]))  # (N,) int64
-        self._lines = lru_cache(maxsize=4)(self._read_lines)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -213,12 +223,18 @@ class TokenDataset:
     @property
     def grid(self) -> tuple[int, ...]:
         """The grid of all records. Raises ValueError if they have several or there are none."""
-        if len(grids := set(self._grids)) != 1:
+        grids = {
+            tuple(line["grid"]) if grid is None else grid
+            for number, grid in enumerate(self._grids)
+            for line in (self._lines(number) if grid is None else [{}])
+        }
+        if len(grids) != 1:
             raise ValueError(f"{self.folder} has {len(grids)} grids, not one: {sorted(grids)[:4]}")
-        return self._grids[0]
+        return grids.pop()
 
     def grid_of(self, i: int) -> tuple[int, ...]:
-        return self._grids[self._shard(i)]
+        grid = self._grids[self._shard(i)]
+        return tuple(self._line(i)["grid"]) if grid is None else grid
 
     def codes(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Codes (n, *grid, K) int64 of the given records, which must have one common grid.
@@ -230,22 +246,31 @@ class TokenDataset:
             raise IndexError(f"records must lie in 0..{len(self) - 1}, got {wanted.min()}..{wanted.max()}")
         shards = np.searchsorted(self._starts, wanted, side="right") - 1
         used = [int(number) for number in np.unique(shards)]
-        if len(grids := {self._grids[number] for number in used} or {self.grid}) > 1:
+        if any(self._grids[number] is None for number in used):
+            grids = {self.grid_of(int(i)) for i in wanted}
+        else:
+            grids = {self.grid_of(self._starts[number]) for number in used} or {self.grid}
+        if len(grids) > 1:
             raise ValueError(f"the records asked of {self.folder} have several grids: {sorted(grids)[:4]}")
         result = np.empty((len(wanted), *grids.pop(), len(self.vocab)), np.int64)
         for number in used:
             rows = shards == number
-            result[rows] = self._codes[number][wanted[rows] - self._starts[number]]
+            places = wanted[rows] - self._starts[number]
+            if self._grids[number] is None:
+                firsts = self._firsts(number)
+                flat = [self._codes[number][firsts[place] : firsts[place + 1]] for place in places]
+                result[rows] = np.stack(flat).reshape(-1, *result.shape[1:])
+            else:
+                result[rows] = self._codes[number][places]
         check_codes(result, self.vocab, str(self.folder))
         return torch.from_numpy(result)
 
     def name(self, i: int) -> str:
         return self._line(i)["name"]
 
-    def size(self, i: int) -> tuple[int, int]:
-        """(H, W) of the image in pixels, before padding."""
-        height, width = self._line(i)["size"]
-        return height, width
+    def size(self, i: int) -> tuple[int, ...]:
+        """(H, W) of an image, (T, H, W) of a clip or (T,) of a recording, before padding."""
+        return tuple(self._line(i)["size"])
 
     def _shard(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -259,6 +284,10 @@ class TokenDataset:
     def _read_lines(self, number: int) -> list[dict[str, Any]]:
         lines = (self.folder / FILES["names"].format(number)).read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+    def _read_firsts(self, number: int) -> list[int]:
+        """Where the records of a ragged shard begin among its rows, and where the last one ends."""
+        return [0, *accumulate(math.prod(line["grid"]) for line in self._lines(number))]
 
     def _check_files(self, number: int, files: Mapping[str, Any], verify: bool) -> None:
         for kind, pattern in FILES.items():

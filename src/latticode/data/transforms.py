@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from latticode.data.media import IMAGE, ContentError, Preparation
+from latticode.data.records import Record
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 200_000_000
-VALUE_RANGE = "[-1, 1]"
 RESIZES = ("bicubic", "bilinear", "lanczos", "box", "nearest")  # PIL's, antialiased when shrinking (but nearest)
 CROPS = ("center", "random", "squash")
 _opening = threading.Lock()
 
 
-class ImageError(ValueError):
+class ImageError(ContentError):
     """An image that cannot be decoded; the message has its name and the reason."""
 
 
@@ -117,7 +118,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class Preprocess(Preparation):
     """How an image becomes a uint8 array of a fixed size.
 
     `crop`: 'center' takes the largest centred square and resizes it; 'random' cuts a size x size window out of the
@@ -125,6 +126,8 @@ class Preprocess:
     to the aspect. Cropping at random and flipping happen in training only: without a generator the window of 'random'
     is the centred one and nothing is flipped. With `size` None the image keeps its own size.
     """
+
+    medium = IMAGE
 
     size: int | None = None
     channels: int = 3
@@ -180,17 +183,25 @@ class Preprocess:
             left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
         return (left, top, left + side, top + side)
 
-    def record(self) -> dict[str, Any]:
-        """A description that goes into run and token files; `from_record` reads it."""
-        return {**asdict(self), "range": VALUE_RANGE}
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        return None if self.size is None else (self.channels, self.size, self.size)
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Preprocess:
-        """Raises ValueError for unknown keys and another value range."""
-        fields = {key: value for key, value in record.items() if key != "range"}
-        if record.get("range") != VALUE_RANGE:
-            raise ValueError(f"the value range must be {VALUE_RANGE!r}, got {record.get('range')!r}")
-        if unknown := set(fields) - set(cls.__dataclass_fields__):
-            valid = ", ".join(cls.__dataclass_fields__)
-            raise ValueError(f"unknown preprocessing keys {', '.join(sorted(unknown))}; valid: {valid}, range")
-        return cls(**fields)
+    @property
+    def windowed(self) -> bool:
+        return self.crop == "random"
+
+    def load(self, record: Record) -> Image.Image:
+        return decode_image(record.content, record.name)  # type: ignore[arg-type]
+
+    def arrange(self, loaded: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
+        return self.pixels(loaded, rng)
+
+    def weight(self, loaded: Image.Image) -> int:
+        return loaded.width * loaded.height * (1 if loaded.mode == "L" else 4)  # PIL pads RGB
+
+    def whole(self) -> Preprocess:
+        return self.still()
+
+    def own_size(self) -> Preprocess:
+        return replace(self, size=None, crop="center", flip=False)

@@ -7,29 +7,30 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from latticode.data.folders import EXTENSIONS, is_image
+from latticode.data.media import IMAGE, VIDEO, Medium
 from latticode.data.records import Record, Source, number_labels, select
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where an image lies: `size` bytes at `offset` of shard `shard`."""
+    """Where a record lies: `size` bytes at `offset` of shard `shard`, as `frames` side by side if it is a strip."""
 
     shard: int
     offset: int
     size: int
     name: str
+    frames: int = 0
 
 
 class TarSource(Source):
     """The samples of several shards, indexed once by their headers and read by offset."""
 
-    def __init__(self, name: str, files: list[Path]):
+    def __init__(self, name: str, files: list[Path], medium: Medium = IMAGE):
         self.name, self.files = name, files
         self.members: list[Member] = []
         raw: list[int | str | None] = []
         for shard, path in enumerate(files):
-            for member, label in _index(shard, path):
+            for member, label in _index(shard, path, medium):
                 self.members.append(member)
                 raw.append(label)
         self.labels, self.classes = number_labels(raw)
@@ -41,27 +42,31 @@ class TarSource(Source):
         member = self.members[i]
         with open(self.files[member.shard], "rb") as file:
             file.seek(member.offset)
-            return Record(file.read(member.size), int(self.labels[i]), member.name)
+            return Record(file.read(member.size), int(self.labels[i]), member.name, member.frames)
 
     def name_of(self, i: int) -> str:
         return self.members[i].name
 
 
-def open_tars(name: str, files: list[Path], parts: list[str | None], split: str, holdout: float) -> Source:
+def open_tars(
+    name: str, files: list[Path], parts: list[str | None], split: str, holdout: float, medium: Medium = IMAGE
+) -> Source:
     """Samples of `files`; `parts` is the split that each shard is said to belong to."""
-    source = TarSource(name, files)
+    source = TarSource(name, files, medium)
     return select(source, [parts[member.shard] for member in source.members], split, holdout)
 
 
-def _index(shard: int, path: Path) -> list[tuple[Member, int | str | None]]:
-    """(image, label) of each sample of a shard, in its order.
+def _index(shard: int, path: Path, medium: Medium) -> list[tuple[Member, int | str | None]]:
+    """(record, label) of each sample of a shard, in its order.
 
-    A sample is the members that share everything before the first dot of the file name. Its image is the member whose
-    whole extension is an image's (KEY.jpg, not KEY.seg.png), or, where there is none, the first that ends like one; its
-    label is in KEY.cls, or "label" in KEY.json.
+    A sample is the members that share everything before the first dot of the file name. Its content is the member whose
+    whole extension is of `medium` (for images KEY.jpg, not KEY.seg.png), or, where there is none, the first that ends
+    like one. A clip may also be an image of its frames side by side, with their number as "frames" in KEY.json. The
+    label is in KEY.cls, or "label" or "class" in KEY.json.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     labels: dict[str, int | str | None] = {}
+    strips: dict[str, int] = {}  # frames of clips that are stored as one image
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
@@ -71,15 +76,21 @@ def _index(shard: int, path: Path) -> list[tuple[Member, int | str | None]]:
                 stem, _, extension = file.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 samples.setdefault(key, {}).setdefault(extension.lower(), info)
-                if extension.lower() in ("cls", "json") and labels.get(key) is None:
-                    stream = tar.extractfile(info)
-                    labels[key] = _label(stream.read() if stream else b"", extension.lower())
+                if extension.lower() not in ("cls", "json"):
+                    continue
+                stream = tar.extractfile(info)
+                label, frames = _about(stream.read() if stream else b"", extension.lower())
+                if labels.get(key) is None:
+                    labels[key] = label
+                if frames and medium is VIDEO:
+                    strips[key] = frames
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is not a readable, uncompressed tar file: {error}") from error
     length = path.stat().st_size
     found = []
     for key, members in samples.items():
-        extension = next((e for e in members if e in EXTENSIONS), None) or next(filter(is_image, members), None)
+        kind = IMAGE if key in strips else medium
+        extension = next((e for e in members if e in kind.endings), None) or next(filter(kind.holds, members), None)
         if extension is None:
             continue
         info = members[extension]
@@ -87,16 +98,22 @@ def _index(shard: int, path: Path) -> list[tuple[Member, int | str | None]]:
             raise ValueError(
                 f"{path} is truncated: {info.name} ends at byte {info.offset_data + info.size} of {length}"
             )
-        found.append((Member(shard, info.offset_data, info.size, f"{path.stem}/{key}"), labels.get(key)))
+        found.append(
+            (Member(shard, info.offset_data, info.size, f"{path.stem}/{key}", strips.get(key, 0)), labels.get(key))
+        )
     return found
 
 
-def _label(data: bytes, extension: str) -> int | str | None:
+def _about(data: bytes, extension: str) -> tuple[int | str | None, int]:
+    """(label or None, number of frames or 0) that a .cls or .json member says."""
     text = data.decode("utf-8", "replace").strip()
     if extension == "cls":
-        return text or None
+        return text or None, 0
     try:
-        label = json.loads(text)["label"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return label if isinstance(label, int | str) else None
+        content = json.loads(text)
+    except ValueError:
+        return None, 0
+    if not isinstance(content, dict):
+        return None, 0
+    label, frames = content.get("label", content.get("class")), content.get("frames")
+    return label if isinstance(label, int | str) else None, frames if isinstance(frames, int) and frames > 0 else 0

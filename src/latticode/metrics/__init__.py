@@ -1,5 +1,6 @@
-"""Metrics: pixels (PSNR, SSIM), codes (usage, perplexity), features (Fréchet distance, precision and recall)."""
+"""Metrics: pixels (PSNR, SSIM), sound, clips, codes (usage, perplexity), features (Fréchet distance)."""
 
+from latticode.metrics.audio import AudioMetrics
 from latticode.metrics.classifier import Classifier
 from latticode.metrics.codes import CodeStatistics, entropy_bits
 from latticode.metrics.features import (
@@ -12,8 +13,10 @@ from latticode.metrics.features import (
     precision_recall,
 )
 from latticode.metrics.pixels import PixelMetrics
+from latticode.metrics.video import VideoMetrics
 
 __all__ = [
+    "AudioMetrics",
     "Classifier",
     "CodeStatistics",
     "FeatureNetwork",
@@ -21,6 +24,7 @@ __all__ = [
     "FeatureSample",
     "FeatureStatistics",
     "PixelMetrics",
+    "VideoMetrics",
     "entropy_bits",
     "feature_network",
     "frechet_distance",

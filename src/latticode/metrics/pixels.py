@@ -50,6 +50,9 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
 class PixelMetrics:
     """Streaming PSNR and SSIM over batches of any size; the split into batches does not change the result."""
 
+    shown = ("psnr", "ssim")  # while training
+    protocol = PROTOCOL
+
     def __init__(self) -> None:
         self.count = 0
         self.exact = 0

@@ -125,16 +125,16 @@ class FrameNorm(nn.GroupNorm):
 
 
 class CausalUpsample(nn.Module):
-    """(B, C, T, H, W) -> (B, C, 1 + (T - 1) * st, H * ss, W * ss): a convolution, then channels to time and space.
+    """(B, in, T, H, W) -> (B, out, 1 + (T - 1) * st, H * ss, W * ss): a convolution, then channels to time and space.
 
     The first frame has a position of its own, so the st - 1 frames that would come before it are dropped.
     """
 
-    def __init__(self, channels: int, stride: tuple[int, int]):
+    def __init__(self, inputs: int, outputs: int, stride: tuple[int, int]):
         super().__init__()
         self.factors = stride[0], stride[1], stride[1]
         more = math.prod(self.factors)
-        self.conv = CausalConv3d(channels, channels * more)
+        self.conv = CausalConv3d(inputs, outputs * more)
         # All positions of a block start with one filter, as if the input were repeated: no checkerboard to unlearn
         # (Aitken et al. 2017, arXiv 1707.02937).
         with torch.no_grad():
@@ -143,7 +143,7 @@ class CausalUpsample(nn.Module):
             self.conv.bias.copy_(self.conv.bias[::more].repeat_interleave(more, 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, t, h, w = x.shape
+        b, _, t, h, w = x.shape
         i, j, k = self.factors
-        y = self.conv(x).view(b, c, i, j, k, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return y.reshape(b, c, t * i, h * j, w * k)[:, :, i - 1 :]
+        y = self.conv(x).view(b, -1, i, j, k, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return y.reshape(b, -1, t * i, h * j, w * k)[:, :, i - 1 :]

@@ -1,0 +1,139 @@
+"""From an encoded clip to the frames a network sees, and back to an animation."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latticode.data.media import VIDEO, ContentError, Preparation, window
+from latticode.data.records import Record
+from latticode.data.transforms import MAX_PIXELS, ImageError, Preprocess, decode_image
+from latticode.files import replacing
+
+
+class ClipError(ContentError):
+    """A clip that cannot be decoded; the message has its name and the reason."""
+
+
+def frames_of(record: Record) -> Iterator[Any]:
+    """The frames of a clip as upright 8-bit pictures, one at a time.
+
+    A clip is an animation (GIF, WebP, APNG), the encoded files of its frames in order, or, where the record says how
+    many, one picture with the frames side by side. Raises ClipError for anything unreadable and for more than
+    MAX_PIXELS pixels.
+    """
+    try:
+        if record.frames:
+            yield from _cut(decode_image(record.content, record.name), record)  # type: ignore[arg-type]
+        elif isinstance(record.content, tuple):
+            for number, file in enumerate(record.content):
+                yield decode_image(file, f"{record.name}, frame {number}")
+        else:
+            yield from _animation(record)
+    except ImageError as error:
+        raise ClipError(str(error)) from None
+
+
+def _cut(strip: Any, record: Record) -> Iterator[Any]:
+    if strip.width % record.frames:
+        raise ClipError(f"{record.name}: {strip.width} pixels are not {record.frames} frames side by side")
+    width = strip.width // record.frames
+    for left in range(0, strip.width, width):
+        yield strip.crop((left, 0, left + width, strip.height))
+
+
+def _animation(record: Record) -> Iterator[Any]:
+    from PIL import Image, ImageSequence
+
+    decode_image(record.content, record.name)  # type: ignore[arg-type]  # refuses what is no picture or too large
+    with Image.open(io.BytesIO(record.content)) as animation:  # type: ignore[arg-type]
+        pixels = animation.width * animation.height * getattr(animation, "n_frames", 1)
+        if pixels > MAX_PIXELS:
+            raise ClipError(f"{record.name}: {pixels / 1e6:.0f} megapixels, more than {MAX_PIXELS / 1e6:g}")
+        try:
+            for frame in ImageSequence.Iterator(animation):
+                yield decode_image(frame.copy(), record.name)
+        except (OSError, EOFError, SyntaxError, ValueError) as error:
+            raise ClipError(f"{record.name}: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class VideoPreprocess(Preparation):
+    """How a clip becomes uint8 frames of one size.
+
+    Every frame is treated like an image (`size`, `channels`, `resize`, `crop`: 'center' or 'squash'). `frames` is the
+    training window, taken at random; a clip with fewer repeats its last frame. With `frames` None a clip keeps its
+    own. `flip` mirrors a whole clip. `fps` is what written clips and rates per second assume: most sources do not say.
+    """
+
+    medium = VIDEO
+
+    size: int | None = None
+    frames: int | None = None
+    channels: int = 3
+    resize: str = "bicubic"
+    crop: str = "center"
+    flip: bool = False
+    fps: float = 25.0
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames must be >= 1 or None, got {self.frames}")
+        if self.crop == "random":
+            raise ValueError("crop must be 'center' or 'squash' for clips, got 'random'")
+        if not self.fps > 0:
+            raise ValueError(f"fps must be > 0, got {self.fps}")
+        self._image()
+
+    def _image(self) -> Preprocess:
+        return Preprocess(self.size, self.channels, self.resize, self.crop)
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        return (self.channels, self.frames, self.size, self.size) if self.frames and self.size else None
+
+    @property
+    def windowed(self) -> bool:
+        return self.frames is not None
+
+    def load(self, record: Record) -> np.ndarray:
+        """(C, T, H, W) uint8."""
+        image = self._image()
+        frames = [image.pixels(frame) for frame in frames_of(record)]
+        if not frames or len({frame.shape for frame in frames}) > 1:
+            sizes = " and ".join(sorted({f"{f.shape[1]}x{f.shape[2]}" for f in frames})) or "no frames"
+            raise ClipError(f"{record.name}: a clip has frames of one size, got {sizes}")
+        return np.stack(frames, 1)
+
+    def arrange(self, loaded: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        if self.frames is not None:
+            loaded = loaded[:, window(loaded.shape[1], self.frames, rng)]
+            loaded = np.pad(loaded, ((0, 0), (0, self.frames - loaded.shape[1]), (0, 0), (0, 0)), mode="edge")
+        return loaded[..., ::-1] if self.flip and rng is not None and rng.random() < 0.5 else loaded
+
+    def weight(self, loaded: np.ndarray) -> int:
+        return loaded.nbytes
+
+    def whole(self) -> VideoPreprocess:
+        return VideoPreprocess(self.size, None, self.channels, self.resize, self.crop, fps=self.fps)
+
+    def own_size(self) -> VideoPreprocess:
+        return VideoPreprocess(None, None, self.channels, fps=self.fps)
+
+
+def save_animation(path: Path, frames: np.ndarray, fps: float) -> None:
+    """`frames` (C, T, H, W) uint8 as a lossless animated WebP file."""
+    from PIL import Image
+
+    pictures = [
+        Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames.transpose(1, 2, 3, 0)
+    ]
+    with replacing(path) as temporary:
+        pictures[0].save(
+            temporary, "WEBP", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), lossless=True
+        )
