@@ -106,8 +106,8 @@ def _photograph(folder: Path) -> tuple[Path, str]:
     path = folder / "photograph.png"
     save_png(path, grid_image(torch.cat([to_uint8(batch.inputs), to_uint8(restored)]), 2, 8))
     height, width = batch.inputs.shape[-2:]
-    bits = codes[..., 0].numel() * tokenizer.quantizer.bits
+    bits = codes[..., 0].numel() * tokenizer.bits
     return path, (
-        f"{name}, {width} x {height}: {codes[..., 0].numel():,} tokens of {tokenizer.quantizer.bits:.2f} bits, "
+        f"{name}, {width} x {height}: {codes[..., 0].numel():,} tokens of {tokenizer.bits:.2f} bits, "
         f"{bits / (width * height):.2f} bits per pixel against 24, PSNR {pixels.compute()['psnr']:.1f} dB."
     )

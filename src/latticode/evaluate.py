@@ -59,7 +59,6 @@ def evaluate_tokenizer(
     medium = loader.preprocess.medium
     if features is not None and medium is not IMAGE:
         raise ValueError(f"{features.name!r} knows images, not {medium.noun}s")
-    quantizer = tokenizer.quantizer
     metrics, codes = metrics_of(loader.preprocess), CodeStatistics(tokenizer.vocab)
     original, restored = FeatureStatistics(), FeatureStatistics()
     tokens, area, seconds = 0, 0, 0.0
@@ -94,8 +93,8 @@ def evaluate_tokenizer(
         result |= {"tokens_per_second": tokens / seconds, "bits_per_second": tokenizer.bits * tokens / seconds}
     else:
         result["tokens_per_image"] = tokens / count
-    levels: Any = getattr(quantizer, "levels", None)
-    if levels is not None:
+    levels: Any = getattr(tokenizer.quantizer, "levels", None)
+    if levels is not None and tokenizer.vocab == tokenizer.quantizer.vocab:  # not of the upper grids, if any
         result["level_histograms"] = codes.level_histograms(levels)
     if features is not None:
         result[f"rfid_{features.name}"] = restored.distance(original)
@@ -148,7 +147,7 @@ def evaluate_prior(
     label_accuracy_real; samples, samples_per_second; count, skipped, protocol. Raises ValueError for options that do
     not fit each other and for a loader without images.
     """
-    classes, device, uniform = int(prior.classes), _device(tokenizer), tokenizer.quantizer.bits
+    classes, device, uniform = int(prior.classes), _device(tokenizer), tokenizer.bits
     _check(samples, batch_size, classes, features, reference, classifier)
     more = _count(reference) if features is not None and reference is not None else 0
     report = _Report(progress, _count(loader, limit) + more + samples)
