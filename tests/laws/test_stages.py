@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, library, nn
@@ -11,6 +13,12 @@ from latticode.kernels import Lattice, reference, stages, to_lattices
 from latticode.quantizers import FSQ, Residual
 
 LEVELS = [(2,), (9,), (3, 2), (8, 5, 5, 5), (2, 9, 4, 7, 3, 6), (5000, 3), (2,) * 24]
+
+
+@pytest.fixture(autouse=True, params=["fast", "portable"])
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with kernels.use(request.param):
+        yield
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -181,7 +181,7 @@ def test_written_without_loss(tmp_path) -> None:
         assert image.info["duration"] == 100
 
 
-NET = ("width=4", "latent=4", "groups=2", "multipliers=[1,2,2,2]")
+NET = ("width=4", "latent=4", "groups=2", "multipliers=[1,2,2]")
 TINY = [
     "data.source=embedded:moving-digits",
     "data.size=16",
@@ -214,8 +214,8 @@ def test_the_whole_road(tar, tmp_path, monkeypatch, capsys) -> None:
     assert "5 clips in" in run(monkeypatch, capsys, "encode", trained, tar, tokens)
     dataset = TokenDataset(tokens, verify=True)
     assert [dataset.size(i) for i in range(2)] == [(6, 16, 16), (7, 16, 16)]
-    assert [dataset.grid_of(i) for i in range(5)] == [(3, 2, 2)] * 4 + [(4, 2, 2)]
-    assert dataset.codes([0, 3]).shape == (2, 3, 2, 2, 1)
+    assert [dataset.grid_of(i) for i in range(5)] == [(3, 4, 4)] * 4 + [(4, 4, 4)]
+    assert dataset.codes([0, 3]).shape == (2, 3, 4, 4, 1)
     run(monkeypatch, capsys, "decode", trained, tokens, restored)
     files = sorted(restored.iterdir())
     assert files[0].name == "000000-c0.webp"
@@ -224,5 +224,5 @@ def test_the_whole_road(tar, tmp_path, monkeypatch, capsys) -> None:
     run(monkeypatch, capsys, "evaluate", trained, tar, "--split", "all")
     scores = json.loads((trained / "evaluation.json").read_text())
     assert (scores["count"], scores["frames"], scores["skipped"]) == (5, 40, 1)
-    assert scores["tokens_per_second"] == pytest.approx(4 * (4 * 3 + 4) / (40 / 25))
+    assert scores["tokens_per_second"] == pytest.approx(16 * (4 * 3 + 4) / (40 / 25))
     assert "frame to frame" in (trained / "report.html").read_text()

@@ -21,6 +21,7 @@ from latticode.kernels.lattice import alike, empty_like
 _NEAREST = {"fast": nearest.nearest_code, "portable": nearest.nearest_code, "reference": reference.nearest_code}
 _ENTROPIES = {"fast": entropies, "portable": entropies, "reference": reference}
 _LATTICE = {"fast": native if native.available() else lattice, "portable": lattice, "reference": reference}
+_STAGES = {"fast": native if native.available() else stages, "portable": stages, "reference": reference}
 _active = "fast"
 
 
@@ -256,7 +257,7 @@ library.register_autograd("latticode::to_lattices", _to_lattices_gradients, setu
 
 def _stages_kernel(name: str, z: Tensor) -> Callable[..., Any]:
     """The function `name` for the device of `z`: the specification where there is no fast one."""
-    return getattr(stages if _active != "reference" and z.device.type == "cpu" else reference, name)
+    return getattr(_STAGES[_active] if z.device.type == "cpu" else reference, name)
 
 
 def _exporting() -> bool:

@@ -107,9 +107,9 @@ INSIDE void digits(const float *restrict z, float *restrict digit, int64_t m, Co
   }
 }
 
-/* Codes of the digits of `count` tokens; those of a channel are `across` apart, of a token's `along`. */
-INSIDE void pack(const float *digit, int64_t *codes, int64_t count, int64_t d, int64_t across, int64_t along,
-                 int64_t factors, const int64_t *basis, int small) {
+/* Codes, `step` apart, of the digits of `count` tokens; those of a channel are `across` apart, of a token's `along`. */
+INSIDE void pack(const float *digit, int64_t *codes, int64_t step, int64_t count, int64_t d, int64_t across,
+                 int64_t along, int64_t factors, const int64_t *basis, int small) {
   int64_t run = d / factors;
   for (int64_t f = 0; f < factors; f++) {
     const float *first = digit + f * run * across;
@@ -119,13 +119,13 @@ INSIDE void pack(const float *digit, int64_t *codes, int64_t count, int64_t d, i
       for (int64_t t = 0; t < count; t++) {
         const float *x = first + t * along;
         float sum = x[0] * b0 + x[across] * b1 + x[2 * across] * b2 + x[3 * across] * b3;
-        codes[t * factors + f] = sum == sum ? (int32_t)sum : -1;
+        codes[t * step + f] = sum == sum ? (int32_t)sum : -1;
       }
     } else if (small) {
       for (int64_t t = 0; t < count; t++) {
         float sum = 0.0f;
         for (int64_t j = 0; j < run; j++) sum += first[t * along + j * across] * (float)b[j];
-        codes[t * factors + f] = sum == sum ? (int32_t)sum : -1;
+        codes[t * step + f] = sum == sum ? (int32_t)sum : -1;
       }
     } else {
       for (int64_t t = 0; t < count; t++) {
@@ -136,7 +136,7 @@ INSIDE void pack(const float *digit, int64_t *codes, int64_t count, int64_t d, i
           whole &= x == x;
           sum += x == x ? (int64_t)x * b[j] : 0;
         }
-        codes[t * factors + f] = whole ? sum : -1;
+        codes[t * step + f] = whole ? sum : -1;
       }
     }
   }
@@ -163,7 +163,7 @@ EXPORT VECTORS void tokens_forward(const float *z, float *latents, int64_t *code
     digits(z + start, digit, m, c, 0, alpha, (int)clamps);
     for (int64_t i = 0; i < m; i++) latents[start + i] = (digit[i] - c.width[i]) / c.width[i];
     int64_t *at = codes + start / d * factors;
-    pack(digit, at, m / d, d, 1, d, factors, basis, (int)small);
+    pack(digit, at, factors, m / d, d, 1, d, factors, basis, (int)small);
     if (factors > 1) spread(at, m / d, factors);
   }
 }
@@ -185,9 +185,50 @@ EXPORT VECTORS void planes_forward(const float *z, float *latents, int64_t *code
         for (int64_t i = 0; i < m; i++) to[i] = (row[i] - width) / width;
       }
       int64_t *at = codes + (o * inner + start) * factors;
-      pack(digit, at, m, d, WIDE, 1, factors, basis, (int)small);
+      pack(digit, at, factors, m, d, WIDE, 1, factors, basis, (int)small);
       if (factors > 1) spread(at, m, factors);
     }
+}
+
+/* Residual stages of one clamped lattice in groups, as stages.py has them: z and latents (count, d), codes (count, depth,
+   factors). The table has, for each group, rows of `stride` numbers: rate, middle, top, width, level, and L^-j for j from 1
+   to its number of stages less 1. */
+EXPORT VECTORS void stages_forward(const float *z, float *latents, int64_t *codes, int64_t count, int64_t d,
+                                   const float *table, int64_t stride, const int64_t *sizes, int64_t groups,
+                                   int64_t depth, int64_t factors, const int64_t *basis) {
+  float left[ROW], place[ROW], above[ROW], prefix[ROW], digit[ROW], total[ROW];
+  for (int64_t start = 0, all = count * d; start < all; start += stride) {
+    int64_t m = all - start < stride ? all - start : stride, stage = 0;
+    int64_t *at = codes + start / d * depth * factors;
+    const float *t = table;
+    for (int64_t i = 0; i < m; i++) left[i] = z[start + i], total[i] = 0.0f;
+    for (int64_t g = 0; g < groups; g++) {
+      const float *rate = t, *middle = t + stride, *top = t + 2 * stride, *width = t + 3 * stride;
+      const float *level = t + 4 * stride;
+      for (int64_t i = 0; i < m; i++) {
+        float x = left[i] * rate[i], r = rintf(x + middle[i]);
+        r = r < 0.0f ? 0.0f : r;
+        place[i] = r > top[i] ? top[i] : r;
+        float even = place[i] - middle[i], value = even / width[i];
+        left[i] = x - even;
+        total[i] = g ? total[i] + value : value;
+        above[i] = 0.0f;
+      }
+      for (int64_t j = sizes[g] - 1; j >= 0; j--, stage++) {
+        const float *shrink = t + (4 + j) * stride; /* of L^-j, where j > 0 */
+        if (j)
+          for (int64_t i = 0; i < m; i++) prefix[i] = floorf((place[i] + 0.5f) * shrink[i]);
+        const float *here = j ? prefix : place;
+        for (int64_t i = 0; i < m; i++) {
+          digit[i] = here[i] - above[i] * level[i];
+          above[i] = here[i];
+        }
+        pack(digit, at + stage * factors, depth * factors, m / d, d, 1, d, factors, basis, 1);
+      }
+      t += (4 + sizes[g]) * stride;
+    }
+    for (int64_t i = 0; i < m; i++) latents[start + i] = total[i];
+  }
 }
 
 /* The gradient of m numbers, times that of their latents. */
@@ -226,4 +267,4 @@ EXPORT VECTORS void planes_backward(const float *gradient, const float *z, float
     }
 }
 
-EXPORT int64_t latticode_native_version(void) { return 1; }
+EXPORT int64_t latticode_native_version(void) { return 2; }

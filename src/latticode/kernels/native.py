@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from latticode.kernels import lattice as portable
+from latticode.kernels import stages
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, dense, empty_like, planes
 
-VERSION = 1  # of the functions' signatures
+VERSION = 2  # of the functions' signatures
 ROW = 512  # numbers of one row of whole tokens, at most, as in native.c
 CHANNELS = 64  # at most, as in native.c
 GRAIN = 2**17  # numbers that are worth a thread
@@ -73,6 +75,31 @@ def to_lattice_backward(gradient: Tensor, z: Tensor, lattice: Lattice) -> Tensor
     return out
 
 
+def to_lattices(z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor]:
+    """Latents (..., d) in the type of `z` (..., d), and codes (..., depth * factors) int64."""
+    dim = z.shape[-1]
+    if not _serves(z):
+        return stages.to_lattices(z, lattice, depth)
+    tokens = z.reshape(-1, dim).float().contiguous()
+    latents, codes = torch.empty_like(tokens), torch.empty(len(tokens), depth * lattice.factors, dtype=torch.int64)
+    table, stride, sizes, basis = _groups(lattice, depth)
+    tail = (dim, table.data_ptr(), stride, sizes.data_ptr(), len(sizes), depth, lattice.factors, basis.data_ptr())
+
+    def run(start: int, count: int) -> None:
+        at = (z_at + 4 * start * dim, latents_at + 4 * start * dim, codes_at + 8 * start * codes.shape[1])
+        _library().stages_forward(*map(_argument, (*at, count, *tail)))
+
+    z_at, latents_at, codes_at = (t.data_ptr() for t in (tokens, latents, codes))
+    _spread(run, len(tokens), dim)
+    if not math.isfinite(tokens.sum().item()):
+        broken = ~tokens.isfinite().all(dim=1)
+        latents[broken], codes[broken] = torch.nan, -1
+    return latents.to(z.dtype).view(z.shape), codes.view(*z.shape[:-1], -1)
+
+
+to_lattices_backward = stages.to_lattices_backward
+
+
 def available() -> bool:
     """Whether the library was compiled, and is that of this version."""
     return _library() is not None
@@ -122,6 +149,18 @@ def _table(lattice: Lattice, tokens: bool) -> tuple[Tensor, int, Tensor, bool]:
             table = table.repeat(1, max(1, ROW // len(lattice.levels)))
         basis = torch.tensor(lattice.basis, dtype=torch.int64)
         return table.contiguous(), table.shape[1], basis, max(lattice.vocab) <= portable.EXACT
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(lattice: Lattice, depth: int) -> tuple[Tensor, int, Tensor, Tensor]:
+    """The constants of `stages.groups` as native.c orders them, the length of their rows, the sizes of the groups, the
+    basis of the indices."""
+    with torch.inference_mode(False):
+        repeat = max(1, ROW // len(lattice.levels))
+        found = stages.groups(lattice, depth, repeat=repeat)
+        table = torch.cat([torch.stack([*group[:5], *group.shrink]) for group in found])
+        sizes = torch.tensor(stages.sizes(lattice, depth), dtype=torch.int64)
+        return table, table.shape[1], sizes, torch.tensor(lattice.basis, dtype=torch.int64)
 
 
 @functools.cache
