@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.data.loading import Loader
-from latticode.data.media import AUDIO, IMAGE
+from latticode.data.media import AUDIO, IMAGE, Medium
 from latticode.metrics.classifier import Classifier
 from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
@@ -87,12 +87,8 @@ def evaluate_tokenizer(
     result |= codes.compute()
     del result["positions"]
     result["bits_per_token"] = tokenizer.bits
-    if medium is not AUDIO:
-        result["bits_per_pixel"] = tokenizer.bits * tokens / area
-    if seconds:
-        result |= {"tokens_per_second": tokens / seconds, "bits_per_second": tokenizer.bits * tokens / seconds}
-    else:
-        result["tokens_per_image"] = tokens / count
+    result |= _rates(tokenizer.bits * tokens, medium, area, seconds)
+    result |= {"tokens_per_second": tokens / seconds} if seconds else {"tokens_per_image": tokens / count}
     levels: Any = getattr(tokenizer.quantizer, "levels", None)
     if levels is not None and tokenizer.vocab == tokenizer.quantizer.vocab:  # not of the upper grids, if any
         result["level_histograms"] = codes.level_histograms(levels)
@@ -143,9 +139,9 @@ def evaluate_prior(
         limit: stop after this many held-out images.
 
     Returns compression_cost (bits per token: mean over tokens of -log2 p), compression_cost_uniform (log2 of the
-    vocabulary), bits_per_pixel; fid_, precision_, recall_<name> and the same with `_real`; label_accuracy and
-    label_accuracy_real; samples, samples_per_second; count, skipped, protocol. Raises ValueError for options that do
-    not fit each other and for a loader without images.
+    vocabulary), bits_per_pixel, bits_per_second (as for tokenizers); fid_, precision_, recall_<name> and the same with
+    `_real`; label_accuracy and label_accuracy_real; samples, samples_per_second; count, skipped, protocol. Raises
+    ValueError for options that do not fit each other and for a loader without images.
     """
     classes, device, uniform = int(prior.classes), _device(tokenizer), tokenizer.bits
     _check(samples, batch_size, classes, features, reference, classifier)
@@ -153,7 +149,7 @@ def evaluate_prior(
     report = _Report(progress, _count(loader, limit) + more + samples)
     real, drawn = _Judge(features, classifier, samples), _Judge(features, classifier, samples)
     training, training_sample = FeatureStatistics(), FeatureSample(REFERENCE)
-    bits = seconds = 0.0
+    bits = seconds = duration = 0.0  # seconds that sampling took, seconds of what was held out
     tokens = area = count = 0
     size: tuple[int, ...] = ()
     with _evaluating(prior, tokenizer, features, classifier):
@@ -163,6 +159,7 @@ def evaluate_prior(
             bits += float(prior.bits(codes, Conditioning(labels) if classes else None).double().sum())
             size = tuple(images.shape[2:])
             tokens, area = tokens + codes[..., 0].numel(), area + images[:, 0].numel()
+            duration += seconds_of(loader.preprocess, images)
             count += len(images)
             real.update(images, labels)
         if not count:
@@ -186,7 +183,7 @@ def evaluate_prior(
     result: dict[str, Any] = {
         "compression_cost": bits / tokens,
         "compression_cost_uniform": uniform,
-        "bits_per_pixel": bits / area,
+        **_rates(bits, loader.preprocess.medium, area, duration),
     }
     facts: dict[str, Any] = {}
     if features is not None:
@@ -256,6 +253,12 @@ def evaluate_classifier(
         "skipped": len(loader.skipped),
         "protocol": {"images": count, **(protocol or {})},
     }
+
+
+def _rates(bits: float, medium: Medium, area: int, seconds: float) -> dict[str, float]:
+    """`bits` per pixel, but not of sound, and per second, but not of images."""
+    per_pixel = {} if medium is AUDIO else {"bits_per_pixel": bits / area}
+    return per_pixel | ({"bits_per_second": bits / seconds} if seconds else {})
 
 
 def _check(
