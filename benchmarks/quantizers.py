@@ -90,7 +90,9 @@ def fsq_tokens(side: str, tokens: int) -> Step:
 
         return training(theirs(peers.FSQ(LEVELS)), tokens, len(LEVELS))
     quantizer = FSQ(LEVELS)
-    return training(ours(torch.compile(quantizer) if side == "compiled" else quantizer), tokens, len(LEVELS))
+    return training(
+        ours(torch.compile(quantizer, dynamic=False) if side == "compiled" else quantizer), tokens, len(LEVELS)
+    )
 
 
 def fsq_image(side: str, images: int, size: int) -> Step:
@@ -105,7 +107,7 @@ def fsq_image(side: str, images: int, size: int) -> Step:
         peer = peers.FSQ(LEVELS, channel_first=True)
         return training(lambda z: (peer(z)[0], []), *shape)
     quantizer = FSQ(LEVELS)
-    run = torch.compile(quantizer) if side == "compiled" else quantizer
+    run = torch.compile(quantizer, dynamic=False) if side == "compiled" else quantizer
     return training(lambda z: (run(z.movedim(1, -1)).latents.movedim(-1, 1), []), *shape)
 
 
@@ -243,9 +245,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def seconds(step: Step) -> float:
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
+    """Of the second of two steps: the first finds the heap and the caches as another side has left them. If it took
+    more than a second, that does not show, and it stands for itself."""
+    for _ in range(2):
+        began = time.perf_counter()
+        step()
+        taken = time.perf_counter() - began
+        if taken > 1:
+            break
+    return taken
 
 
 def measure(row: Row, rounds: int, threads: int) -> Result:

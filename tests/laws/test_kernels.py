@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from latticode import kernels
 from latticode.kernels import nearest, nearest_code, reference
+
+
+@pytest.fixture(autouse=True, params=["fast", "portable"])
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with kernels.use(request.param):
+        yield
 
 
 def draw(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -163,7 +170,7 @@ def test_no_tensor_grows_with_tokens_times_codes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(nearest, "CPU_TILE", (32, 128))
     x, codebook = draw(2000, 2000, 4)
     with Largest() as largest:
-        nearest.nearest_code(x, codebook)
+        nearest_code(x, codebook)
     assert 32 * 128 <= largest.numel <= codebook.numel() + 64 * 4  # padded to whole blocks
 
 

@@ -18,7 +18,11 @@ from latticode.kernels import entropies, lattice, native, nearest, reference, st
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, empty_like
 
-_NEAREST = {"fast": nearest.nearest_code, "portable": nearest.nearest_code, "reference": reference.nearest_code}
+_NEAREST = {
+    "fast": (native if native.available() else nearest).nearest_code,
+    "portable": nearest.nearest_code,
+    "reference": reference.nearest_code,
+}
 _ENTROPIES = {"fast": entropies, "portable": entropies, "reference": reference}
 _LATTICE = {"fast": native if native.available() else lattice, "portable": lattice, "reference": reference}
 _STAGES = {"fast": native if native.available() else stages, "portable": stages, "reference": reference}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from latticode.kernels.nearest import _full_float32
+from latticode.kernels.nearest import full_float32
 
 CPU_TILE = 2**18  # numbers of the largest temporary, if that is `LEAST` tokens or more
 GPU_TILE = 2**25
@@ -109,7 +109,7 @@ def bernoulli_mixture(logits: Tensor, weights: Tensor) -> Tensor:
     dim = logits.shape[1]
     low = (dim + 1) // 2
     mixture = logits.new_zeros(2 ** (dim - low), 2**low)
-    with torch.autocast(logits.device.type, enabled=False), _full_float32():
+    with torch.autocast(logits.device.type, enabled=False), full_float32():
         for _, p, q, weight in _bit_tiles(logits, weights):
             lower, upper = _half(p[:low], q[:low])[-1], _half(p[low:], q[low:])[-1]
             mixture.addmm_(upper, (lower * weight).t())
@@ -127,7 +127,7 @@ def _bernoulli_mixture_backward(gradient: Tensor, logits: Tensor, weights: Tenso
     # A constant has no effect on bits, since probabilities sum to 1, but would cost the matrix products their digits.
     gradient = gradient.reshape(2 ** (dim - low), 2**low) - gradient.mean()
     of_logits = torch.empty_like(logits)
-    with torch.autocast(logits.device.type, enabled=False), _full_float32():
+    with torch.autocast(logits.device.type, enabled=False), full_float32():
         for some, p, q, weight in _bit_tiles(logits, weights):
             lower, upper = _half(p[:low], q[:low]), _half(p[low:], q[low:])
             first = _half_backward(gradient.t() @ upper[-1], lower, p[:low])
@@ -167,7 +167,7 @@ library.register_autograd("latticode::bernoulli_mixture", _mixture_gradient, set
 def soft_assignment(x: Tensor, codebook: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """sum_n w_n H(p_n) and sum_n w_n p_n (K,), for p_n the softmax over codes of -|x_n - c|^2 / `temperature`."""
     total, mixture = x.new_zeros(()), x.new_zeros(len(codebook))
-    with torch.autocast(x.device.type, enabled=False), _full_float32():
+    with torch.autocast(x.device.type, enabled=False), full_float32():
         for _, _, weight, log_p, p in _soft_tiles(x, *_centred(codebook), weights, temperature):
             mixture.addmv_(p.t(), weight)
             total -= weight.dot(p.mul_(log_p).sum(dim=1))
@@ -187,7 +187,7 @@ def _soft_assignment_backward(
     codes, centre = _centred(codebook)
     of_x, of_codes = torch.empty_like(x), torch.zeros_like(codes)
     moved = x.new_zeros(len(codes), 1)
-    with torch.autocast(x.device.type, enabled=False), _full_float32():
+    with torch.autocast(x.device.type, enabled=False), full_float32():
         for some, tile, weight, log_p, p in _soft_tiles(x, codes, centre, weights, temperature):
             value = log_p.mul_(-of_total).add_(of_mixture)  # what the objective gains per unit of each probability
             mean = torch.linalg.vecdot(p, value)[:, None]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from latticode.kernels.grid import Channels, Lattice, digits, values
-from latticode.kernels.nearest import _full_float32
+from latticode.kernels.nearest import full_float32
 
 BLOCK = 2**18  # numbers per block and thread: enough to hide the calls, few enough for a cache
 ROW = 256  # least length of a row of whole tokens
@@ -44,7 +44,7 @@ def to_lattice(z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
     if z.numel():
         source = planes(z, place)
         indices = codes.view(len(source), source.shape[2], lattice.factors)
-        with _full_float32():
+        with full_float32():
             for sheet in _sheets([source, planes(latents, place)], [indices], lattice):
                 _quantize(sheet, lattice)
     return latents, codes

@@ -1,4 +1,5 @@
-/* Finite scalar quantization in one pass over memory; grid.py has the formulas, native.py the calls.
+/* Finite scalar quantization in one pass over memory, and the best of a tile of scores; grid.py and nearest.py have the
+   formulas, native.py the calls.
 
    Every operation rounds once and alike in vector and scalar code (compiled without contraction to fused
    multiply-add), so a value has the same bits at every place of every layout. Positions come from a sigmoid that is off
@@ -267,4 +268,23 @@ EXPORT VECTORS void planes_backward(const float *gradient, const float *z, float
     }
 }
 
-EXPORT int64_t latticode_native_version(void) { return 2; }
+/* Takes `rows` codes from number `first` on into the best and second best score so far, and the best one's number, of
+   each of `count` tokens. Their scores lie down a tile whose rows are `stride` apart, yet without `offsets`. A tie makes
+   the second best as good as the best, and so does a NaN. */
+EXPORT VECTORS void scan(const float *restrict tile, const float *restrict offsets, int64_t rows, int64_t stride,
+                         int64_t count, int64_t first, float *restrict best, float *restrict second,
+                         int32_t *restrict number) {
+  for (int64_t k = 0; k < rows; k++) {
+    const float *restrict row = tile + k * stride;
+    float offset = offsets[k];
+    int32_t here = (int32_t)(first + k);
+    for (int64_t i = 0; i < count; i++) {
+      float score = row[i] + offset, top = best[i], low = score < top ? score : top;
+      second[i] = low > second[i] ? low : second[i];
+      number[i] = score > top ? here : number[i];
+      best[i] = score > top ? score : top;
+    }
+  }
+}
+
+EXPORT int64_t latticode_native_version(void) { return 3; }

@@ -1,6 +1,8 @@
-"""`native.c`, where it could be compiled at installation: finite scalar quantization in one pass on a CPU.
+"""`native.c`, where it could be compiled at installation: finite scalar quantization in one pass on a CPU, and the
+nearest code with one look at each score.
 
-A library without Python in it, called by address. What it does not serve goes to `lattice`: the same latents and codes.
+A library without Python in it, called by address. What it does not serve goes to `lattice` and `nearest`: the same
+latents and codes.
 """
 
 from __future__ import annotations
@@ -17,15 +19,59 @@ import torch
 from torch import Tensor
 
 from latticode.kernels import lattice as portable
-from latticode.kernels import stages
+from latticode.kernels import nearest, stages
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, dense, empty_like, planes
 
-VERSION = 2  # of the functions' signatures
+VERSION = 3  # of the functions' signatures
 ROW = 512  # numbers of one row of whole tokens, at most, as in native.c
 CHANNELS = 64  # at most, as in native.c
 GRAIN = 2**17  # numbers that are worth a thread
 MARGIN = 1e-6  # bounds the error of a position, per level: below 4e-7 here and in `grid` together
+
+
+def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
+    """For each row of `x` (N, d) the row of `codebook` (K, d) at the least Euclidean distance: (N,) int64.
+
+    Where the second best score is further below the best than rounding can explain (`nearest.margin`), the best is the
+    nearest; the few tokens without a clear winner go to `nearest.tiled`.
+    """
+    if x.device.type != "cpu" or torch.float64 in (x.dtype, codebook.dtype) or len(codebook) >= 2**31:
+        return nearest.nearest_code(x, codebook)
+    centre = codebook.float().mean(dim=0)
+    codes = codebook.float() - centre
+    offsets = codes.square().sum(dim=1) / -2
+    reach = (-2 * offsets.amin()).sqrt()
+    rows, width = nearest.CPU_TILE
+    found = torch.empty(len(x), dtype=torch.int64)
+    scores = torch.empty(min(width, len(codes)), min(rows, len(x)))
+    with nearest.full_float32():
+        for start in range(0, len(x), rows):
+            tile = x[start : start + rows].float() - centre
+            best, second = torch.full((2, len(tile)), -torch.inf)
+            number = torch.zeros(len(tile), dtype=torch.int32)
+            for first in range(0, len(codes), width):
+                some = codes[first : first + width]
+                part = scores[: len(some), : len(tile)]
+                _scan(torch.mm(some, tile.t(), out=part), offsets, first, best, second, number)
+            clear = best - nearest.margin(tile, best, reach) > second
+            found[start : start + rows] = number.long().where(clear, -1)
+    unclear = (found < 0).nonzero().squeeze(1)
+    if len(unclear):
+        found[unclear] = nearest.tiled(x[unclear], codebook)
+    return found
+
+
+def _scan(scores: Tensor, offsets: Tensor, first: int, best: Tensor, second: Tensor, number: Tensor) -> None:
+    """Take the `scores` (k, n) of the codes from `first` on into what is known of n tokens."""
+    k, stride = len(scores), scores.stride(0)
+
+    def run(start: int, count: int) -> None:
+        tokens = (t.data_ptr() + 4 * start for t in (best, second, number))
+        tile, offset = scores.data_ptr() + 4 * start, offsets.data_ptr() + 4 * first
+        _library().scan(*map(_argument, (tile, offset, k, stride, count, first, *tokens)))
+
+    _spread(run, len(best), k)
 
 
 def to_lattice(z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:

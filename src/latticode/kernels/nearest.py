@@ -60,7 +60,7 @@ def tiled(x: Tensor, codebook: Tensor) -> Tensor:
     rows, width = CPU_TILE if x.device.type == "cpu" else GPU_TILE
     pieces = max(1, rows * width // vectors[0].numel())  # blocks gathered at once: no more numbers than one tile
     nearest = torch.full((len(x),), -1, device=x.device)
-    with _full_float32():
+    with full_float32():
         for start in range(0, len(x), rows):
             tile = x[start : start + rows]
             centred = tile.to(dtype) - centre
@@ -82,7 +82,7 @@ def tiled(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """No TF32 and no bf16 inside matrix products, whatever a training script has set for its network."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latticode.kernels.grid import Lattice
-from latticode.kernels.nearest import _full_float32
+from latticode.kernels.nearest import full_float32
 
 BLOCK = 2**17  # numbers per block and thread: enough to hide the calls, few enough for a cache
 ROW = 256  # least length of a row of whole tokens
@@ -94,7 +94,7 @@ def to_lattices(z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor
     tokens = z.reshape(-1, z.shape[-1]).contiguous()
     out, codes = torch.empty_like(tokens), torch.empty(len(tokens), depth, lattice.factors, dtype=torch.int64)
     repeat, whole = _rows(tokens)
-    with _full_float32():
+    with full_float32():
         for start, stop, count in ((0, whole, repeat), (whole, len(tokens), len(tokens) - whole)):
             if start < stop:
                 _run(tokens[start:stop], out[start:stop], codes[start:stop], lattice, count)
