@@ -30,6 +30,11 @@ class Split(StrEnum):
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")]
+OwnSize = Annotated[bool, typer.Option("--own-size", help="Keep every image's size, padded to the stride.")]
+Tile = Annotated[
+    int | None,
+    typer.Option(min=1, help="Work in overlapping tiles where an image is longer than this; default 1024."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the best there is.")]
 
 
@@ -81,9 +86,8 @@ def encode(
     ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the token dataset.")],
     split: Annotated[Split, typer.Option(help="Part of the source.")] = Split.all,
-    own_size: Annotated[
-        bool, typer.Option("--own-size", help="Keep every image's size, padded to the stride.")
-    ] = False,
+    own_size: OwnSize = False,
+    tile: Tile = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the shards that are there and encode the rest.")
     ] = False,
@@ -92,22 +96,13 @@ def encode(
 ) -> None:
     """Turn images, recordings or clips into a token dataset that remembers its tokenizer."""
     from latticode import runs
-    from latticode.data import Loader, open_source
     from latticode.engine import tokens
 
     config, tokenizer = runs.open_tokenizer(run, device)
-    preprocess = config.data.preprocess().whole()
-    if own_size:
-        preprocess, batch_size = preprocess.own_size(), 1
-    loader = Loader(
-        open_source(source, split.value, holdout=config.data.holdout, medium=preprocess.medium),
-        preprocess,
-        batch_size,
-        workers=config.data.workers,
-    )
-    dataset = tokens.encode(tokenizer, loader, target, console=err, resume=resume)
+    loader = runs.open_whole(config, source, split.value, own_size=own_size, batch_size=batch_size)
+    dataset = tokens.encode(tokenizer, loader, target, tile=tile, console=err, resume=resume)
     _skipped(dataset.manifest["skipped"])
-    out.print(f"{len(dataset)} {preprocess.medium.noun}s in {target}, {tokenizer.bits:.2f} bits per position")
+    out.print(f"{len(dataset)} {loader.preprocess.medium.noun}s in {target}, {tokenizer.bits:.2f} bits per position")
 
 
 @app.command()
@@ -115,6 +110,7 @@ def decode(
     run: RunFolder,
     source: Annotated[Path, typer.Argument(metavar="TOKENS", help="Folder of a token dataset.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the files: PNG, wav or WebP.")],
+    tile: Tile = None,
     device: Device = "auto",
 ) -> None:
     """Turn a token dataset back into images, wav files or animated WebP files, named as they were."""
@@ -128,7 +124,7 @@ def decode(
     preprocess = config.data.preprocess()
     dataset = TokenDataset(source, expect_hash=tokenizer.fingerprint())
     with progress(err, "decode", len(dataset)) as advance:
-        for positions, images in tokens.decode(tokenizer, dataset):
+        for positions, images in tokens.decode(tokenizer, dataset, tile=tile):
             for position, image in zip(positions, images, strict=True):
                 save_example(target / f"{position:06d}-{Path(dataset.name(position)).stem}", image, preprocess)
             advance(positions[-1] + 1)
@@ -169,8 +165,13 @@ def evaluate(
         str | None, typer.Argument(metavar="[SOURCE]", help="Default: what the run was trained on.")
     ] = None,
     split: Annotated[Split, typer.Option(help="Part of the source to score on.")] = Split.test,
+    own_size: OwnSize = False,
+    tile: Tile = None,
     features: Annotated[
         str | None, typer.Option(help="Network of FID: `inception` or the folder of a classifier run.")
+    ] = None,
+    perceptual: Annotated[
+        str | None, typer.Option(help="Perceptual distance: `lpips` or the folder of a classifier run.")
     ] = None,
     classifier: Annotated[Path | None, typer.Option(help="Classifier run that judges the samples' labels.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples drawn from a prior.")] = 1000,
@@ -191,7 +192,10 @@ def evaluate(
         run,
         source,
         split.value,
+        own_size=own_size,
+        tile=tile,
         features=features,
+        perceptual=perceptual,
         classifier=classifier,
         samples=samples,
         limit=limit,

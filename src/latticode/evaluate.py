@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode import tiling
 from latticode.data.loading import Loader
 from latticode.data.media import AUDIO, IMAGE, Medium
+from latticode.losses.perceptual import Perceptual
 from latticode.metrics.classifier import Classifier
 from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
@@ -34,6 +37,8 @@ def evaluate_tokenizer(
     *,
     features: FeatureNetwork | None = None,
     reference: Loader | None = None,
+    perceptual: Perceptual | None = None,
+    tile: int | None = None,
     limit: int | None = None,
     protocol: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -46,6 +51,8 @@ def evaluate_tokenizer(
         features: names the key `rfid_<name>`.
         reference: a loader of the images that the reconstructions' FID is taken against (the FSQ paper: the training
             set); without it, the originals of the same images.
+        perceptual: its mean distance over the images, rounded to 8 bits, is the key `perceptual_<kind>`.
+        tile: images longer than this are reconstructed in tiles, see `tiling.encode`.
         limit: stop after this many images.
         protocol: what the caller knows and the numbers depend on: resize filter, crop, EMA on or off, name of the set.
         progress: called with the images done and the images in all.
@@ -53,28 +60,32 @@ def evaluate_tokenizer(
     Returns psnr, psnr_pooled (dB), ssim, exact for images; for clips also temporal_error and temporal_change; for sound
     si_sdr (dB), mel_distance, stft_distance. Then usage, perplexity, entropy_bits, dead, invalid, slots;
     bits_per_token, bits_per_pixel (not of sound), tokens_per_image or else tokens_per_second and bits_per_second;
-    level_histograms (FSQ); rfid_<name>; count, skipped, protocol. Raises ValueError for a loader without records, a
-    feature network for anything but images, and reconstructions that are not finite.
+    level_histograms (FSQ); rfid_<name>; perceptual_<kind>; count, skipped, protocol. Tokens of positions that lie
+    partly or wholly in padding count, pixels of padding do not. Raises ValueError for a loader without records, a
+    network that knows images for anything else, and reconstructions that are not finite.
     """
     medium = loader.preprocess.medium
-    if features is not None and medium is not IMAGE:
-        raise ValueError(f"{features.name!r} knows images, not {medium.noun}s")
+    for network in (features, perceptual):
+        if network is not None and medium is not IMAGE:
+            raise ValueError(f"{network.name!r} knows images, not {medium.noun}s")
     metrics, codes = metrics_of(loader.preprocess), CodeStatistics(tokenizer.vocab)
     original, restored = FeatureStatistics(), FeatureStatistics()
-    tokens, area, seconds = 0, 0, 0.0
+    tokens, area, seconds, distance = 0, 0, 0.0, 0.0
     sizes: set[tuple[int, ...]] = set()
     more = _count(reference) if features is not None and reference is not None else 0
     report = _Report(progress, _count(loader, limit) + more)
-    with _evaluating(tokenizer, features):
+    with _evaluating(tokenizer, features, perceptual):
         for batch in _batches(loader, limit, report):
             images = batch.inputs.to(_device(tokenizer))
-            reconstruction = tokenizer(images)
+            reconstruction = tiling.reconstruct(tokenizer, images, tile)
             metrics.update(images, reconstruction.output)
             codes.update(reconstruction.codes)
             tokens += reconstruction.codes[..., 0].numel()
             area += images[:, 0].numel()
             seconds += seconds_of(loader.preprocess, images)
             sizes.add(tuple(images.shape[1:]))
+            if perceptual is not None:
+                distance += len(images) * float(perceptual(rounded(reconstruction.output), rounded(images)))
             if features is not None:
                 restored.update(_features(features, reconstruction.output))
                 if reference is None:
@@ -82,6 +93,7 @@ def evaluate_tokenizer(
         if features is not None and reference is not None:
             for batch in _batches(reference, None, report):
                 original.update(_features(features, batch.inputs))
+    cut = tile or (tiling.TILE if medium is IMAGE else math.inf)
     result = metrics.compute()
     count = result.pop("count")
     result |= codes.compute()
@@ -94,6 +106,8 @@ def evaluate_tokenizer(
         result["level_histograms"] = codes.level_histograms(levels)
     if features is not None:
         result[f"rfid_{features.name}"] = restored.distance(original)
+    if perceptual is not None:
+        result[f"perceptual_{perceptual.kind}"] = distance / count
     return result | {
         "count": count,
         "skipped": len(loader.skipped),
@@ -104,6 +118,8 @@ def evaluate_tokenizer(
             f"{medium.noun}s": count,
             "sizes": [list(size) for size in sorted(sizes)],
             **_feature_protocol(features, original, "the originals" if reference is None else "the reference set"),
+            **({} if perceptual is None else {"perceptual": perceptual.name}),
+            **({"tile": cut} if any(max(size[1:]) > cut for size in sizes) else {}),
             **(protocol or {}),
         },
     }

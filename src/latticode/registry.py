@@ -51,11 +51,15 @@ TABLE: dict[str, str | type[nn.Module]] = {
     "tokenizer": "latticode.tokenizer:Tokenizer",
     "hierarchical_tokenizer": "latticode.tokenizer:HierarchicalTokenizer",
     "palette": "latticode.tokenizer:Palette",
+    "gpt": "latticode.priors.gpt:GPT",
     "maskgit": "latticode.priors.maskgit:MaskGIT",
     "classifier": "latticode.metrics.classifier:Classifier",
     # critics and perceptual distances
     "patch_critic": "latticode.nn.critic:PatchCritic",
     "stylegan_critic": "latticode.nn.critic:StyleGANCritic",
+    "critics": "latticode.nn.critic_audio:Critics",
+    "period_critic": "latticode.nn.critic_audio:PeriodCritic",
+    "spectrum_critic": "latticode.nn.critic_audio:SpectrumCritic",
     "lpips": "latticode.losses.perceptual:LPIPS",
     "features": "latticode.losses.perceptual:FeatureDistance",
     # objectives

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from latticode.data import Loader, open_source
 from latticode.engine.config import RunConfig, read_run
 from latticode.engine.feed import open_loader
 from latticode.engine.progress import progress
 from latticode.evaluate import evaluate_classifier, evaluate_prior, evaluate_tokenizer
 from latticode.files import write_text
+from latticode.losses.perceptual import LPIPS, FeatureDistance
 from latticode.metrics.features import feature_network
 from latticode.outputs import preview, save_example
 from latticode.pictures import grid_image, save_png
@@ -50,6 +52,19 @@ def open_tokenizer(run: Path, device: str = "auto") -> tuple[RunConfig, Any]:
     if config.kind == "prior":
         return config, load_model(run / "tokenizer").to(pick_device(device))
     return open_model(run, "tokenizer", device)
+
+
+def open_whole(config: RunConfig, source: str, split: str, *, own_size: bool = False, batch_size: int = 64) -> Loader:
+    """`source` for the tokenizer of a run: images as they were for training or at their `own_size`, recordings and
+    clips from beginning to end. What has no common size comes one by one."""
+    preprocess = config.data.preprocess().whole()
+    preprocess = preprocess.own_size() if own_size else preprocess
+    return Loader(
+        open_source(source, split, holdout=config.data.holdout, medium=preprocess.medium),
+        preprocess,
+        batch_size if preprocess.shape else 1,
+        workers=config.data.workers,
+    )
 
 
 def sample(
@@ -101,7 +116,10 @@ def evaluate(
     source: str | None = None,
     split: str = "test",
     *,
+    own_size: bool = False,
+    tile: int | None = None,
     features: str | None = None,
+    perceptual: str | None = None,
     classifier: Path | None = None,
     samples: int = 1000,
     limit: int | None = None,
@@ -110,12 +128,21 @@ def evaluate(
     device: str = "auto",
     console: Console,
 ) -> dict[str, Any]:
-    """Score the run on `split` of `source` (default: its own data), write `evaluation.json` and return it."""
+    """Score the run on `split` of `source` (default: its own data), write `evaluation.json` and return it.
+
+    `own_size` and `tile` as for encoding and `perceptual`, "lpips" or the folder of a classifier's run, are for
+    tokenizers. Raises ValueError for what does not fit the run.
+    """
     config = read_run(run)
+    if config.kind != "tokenizer" and (own_size or perceptual):
+        raise ValueError(f"own sizes and perceptual distances are of tokenizers; {run} is the run of a {config.kind}")
     if source is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
     place = pick_device(device)
-    loader = open_loader(config, split, batch_size=64, whole=config.kind == "tokenizer")
+    if config.kind == "tokenizer":
+        loader = open_whole(config, config.data.source, split, own_size=own_size)
+    else:
+        loader = open_loader(config, split, batch_size=64)
     network = None
     if features is not None:
         name, path = ("inception", None) if features == "inception" else ("classifier", features)
@@ -132,7 +159,10 @@ def evaluate(
     with watched(console, f"evaluate {run.name}") as watch:
         shared: dict[str, Any] = {"limit": limit, "protocol": protocol, "progress": watch}
         if config.kind == "tokenizer":
-            result = evaluate_tokenizer(model, loader, features=network, **shared)
+            eyes = None
+            if perceptual is not None:
+                eyes = (LPIPS() if perceptual == "lpips" else FeatureDistance(perceptual)).to(place)
+            result = evaluate_tokenizer(model, loader, features=network, perceptual=eyes, tile=tile, **shared)
         elif config.kind == "classifier":
             result = evaluate_classifier(model, loader, **shared)
         else:

@@ -16,6 +16,7 @@ from latticode.registry import build, spec_of
 
 AUDIO = {"latent": 4, "width": 4, "strides": [2, 5], "dilations": [1, 3]}  # stride 10
 VIDEO = {"latent": 4, "width": 4, "multipliers": [1, 2, 2], "strides": [[1, 2], [2, 2]], "blocks": 1, "groups": 2}
+PATCH = VIDEO | {"multipliers": [1, 2], "strides": [[1, 2]], "blocks": [1, 0], "patch": [2, 2]}
 
 
 def tokenizer_spec(kind: str, channels: int, **options: Any) -> dict[str, Any]:
@@ -32,6 +33,7 @@ CASES = {
     "audio-stereo": (tokenizer_spec("audio", 2, **AUDIO), (70,), (1,), (7,)),
     "audio-causal": (tokenizer_spec("audio", 1, causal=True, **AUDIO), (70,), (63,), (7,)),
     "video": (tokenizer_spec("video", 3, **VIDEO), (5, 8, 12), (4, 7, 9), (3, 2, 3)),
+    "video-patch": (tokenizer_spec("video", 3, **PATCH), (5, 8, 12), (4, 7, 9), (3, 2, 3)),
     "video-grey": (tokenizer_spec("video", 1, **VIDEO), (1, 8, 8), (2, 5, 8), (1, 2, 2)),
 }
 
@@ -108,20 +110,24 @@ def test_reach_of_sound() -> None:
     assert int(reach(AudioDecoder(**AUDIO), z, 0).max()) > 0  # type: ignore[arg-type]
 
 
-def test_reach_of_video() -> None:
-    encoder, decoder = VideoEncoder(**VIDEO), VideoDecoder(**VIDEO)  # type: ignore[arg-type]
+@pytest.mark.parametrize("options", [VIDEO, PATCH])
+def test_reach_of_video(options: dict[str, Any]) -> None:
+    encoder, decoder = VideoEncoder(**options), VideoDecoder(**options)
     x, z = torch.randn(1, 3, 9, 8, 8), torch.randn(1, 4, 5, 2, 2)
     for position in (0, 1, 4):
         assert int(reach(encoder, x, position).max()) == 2 * position  # the first frame stands alone
     for frame in range(9):
         assert int(reach(decoder, z, frame).max()) == (frame + 1) // 2
+
+
+def test_reach_of_norms() -> None:
     x = torch.randn(1, 4, 6, 4, 4)
     assert int(reach(nn.GroupNorm(2, 4), x, 0).max()) == 5  # what FrameNorm is for
     assert int(reach(FrameNorm(4, 2), x, 0).max()) == 0
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["audio-causal", "video"])
+@pytest.mark.parametrize("name", ["audio-causal", "video", "video-patch"])
 def test_a_prefix_is_coded_and_decoded_as_a_prefix(name: str) -> None:
     spec, size, _, grid = CASES[name]
     tokenizer = build(spec).eval()
@@ -215,8 +221,9 @@ def test_parts() -> None:
     [
         (AudioEncoder, {"strides": [2, 1]}, r"strides must be .*>= 2 .*got \[2, 1\]"),
         (AudioDecoder, {"dilations": [0]}, r"dilations >= 1, got .*\[0\]"),
-        (VideoEncoder, {"strides": [[1, 2]]}, r"3 pairs \(time, space\) of 1 or 2"),
-        (VideoEncoder, {"strides": [[1, 2], [3, 2], [2, 2]]}, r"got \[\[1, 2\], \[3, 2\], \[2, 2\]\]"),
+        (VideoEncoder, {"strides": [[1, 2]]}, r"strides 3 such pairs, .*got \[1, 1\] and \[\[1, 2\]\]"),
+        (VideoDecoder, {"patch": [1, 4]}, r"patch must be a pair \(time, space\) of 1 or 2 .*got \[1, 4\]"),
+        (VideoEncoder, {"strides": [[1, 2], [3, 2], [2, 2]]}, r"and \[\[1, 2\], \[3, 2\], \[2, 2\]\]"),
         (VideoDecoder, {"blocks": [1, 2]}, r"blocks one number .*got .*\[1, 2\]"),
         (VideoDecoder, {"groups": 24}, "groups must divide"),
     ],

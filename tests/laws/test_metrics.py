@@ -26,6 +26,7 @@ from latticode.metrics import (
     precision_recall,
 )
 from latticode.metrics import features as features_module
+from latticode.metrics import pixels as pixels_module
 from latticode.metrics.pixels import CAP
 from latticode.values import rounded, to_uint8
 
@@ -63,6 +64,16 @@ def test_pixels_agree_with_scikit_image(channels: int, height: int, width: int) 
     assert result["psnr_pooled"] < result["psnr"]  # Jensen: the noise differs from image to image
     assert result["ssim"] == pytest.approx(np.mean(ssims), abs=2e-5)
     assert result["count"] == 5
+
+
+@pytest.mark.parametrize("strip", [1, 3 * 45 * 8, 3 * 45 * 64])
+def test_strips_of_large_photographs_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch, strip: int) -> None:
+    images, restored = pictures(1, 3, 64, 45)
+    whole, parts = PixelMetrics(), PixelMetrics()
+    whole.update(images, restored)
+    monkeypatch.setattr(pixels_module, "STRIP", strip)
+    parts.update(images, restored)
+    assert parts.compute() == pytest.approx(whole.compute(), rel=1e-6)
 
 
 def test_pixels_do_not_depend_on_the_split_into_batches() -> None:

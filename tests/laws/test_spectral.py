@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from latticode.losses import TERMS
-from latticode.losses.spectral import FLOOR, RATES, WINDOWS, magnitudes, mel_distance, mel_filters, stft_distance
+from latticode.losses.spectral import (
+    FLOOR,
+    RATES,
+    WINDOWS,
+    _filters,
+    magnitudes,
+    mel_distance,
+    mel_filters,
+    stft_distance,
+)
 from latticode.metrics import AudioMetrics, PixelMetrics, VideoMetrics
 from latticode.metrics.audio import CAP, si_sdr
 
@@ -65,6 +74,19 @@ def test_distances(name: str) -> None:
     assert torch.isfinite(term(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)))
 
 
+def test_mel_distance_under_autocast_and_after_an_evaluation() -> None:
+    x = 0.1 * torch.randn(2, 1, 3000)
+    y = (x + 5e-4 * torch.randn_like(x)).requires_grad_()
+    _filters.cache_clear()
+    with torch.inference_mode():
+        expected = mel_distance(y, x, 8000)
+    with torch.autocast("cpu", torch.bfloat16):
+        distance = mel_distance(y, x, 8000)
+    assert distance.item() == expected.item()
+    distance.backward()
+    assert y.grad is not None
+
+
 def test_a_gain_is_its_logarithm() -> None:
     x = torch.randn(2, 1, 4000) * 0.1
     assert abs(float(mel_distance(x / 10, x, 8000)) - 1) < 1e-3
@@ -99,9 +121,15 @@ def test_sound_metrics_stream() -> None:
     }
     exact.update(torch.zeros(1, 2, 1000), x[:1])
     assert (exact.compute()["silent"], exact.compute()["count"]) == (1, 6)
+    assert exact.compute()["stft_distance"] < 1e-2  # relative to silence it would be in the thousands
+    half = AudioMetrics(8000)
+    half.update(x[:1] * torch.tensor([[[1.0], [0.0]]]), y[:1])
+    assert half.compute()["si_sdr"] == pytest.approx(float(si_sdr(x[0, 0], y[0, 0])), abs=1e-2)  # one channel is heard
+    assert half.compute()["silent"] == 0
     silent = AudioMetrics(8000)
     silent.update(torch.zeros(1, 1, 10), torch.zeros(1, 1, 10))
     assert silent.compute()["si_sdr"] is None
+    assert silent.compute()["stft_distance"] is None
     with pytest.raises(ValueError, match=r"one shape \(B, C, T\), got \(5, 2, 1000\) and \(5, 2, 999\)"):
         whole.update(x, y[..., :-1])
     with pytest.raises(ValueError, match="not finite"):

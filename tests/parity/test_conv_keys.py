@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from latticode.registry import build
@@ -50,6 +52,10 @@ CASES = {  # the options, keys of each kind, and the number of tensors
 }
 
 
+def shapes(spec: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in build(spec).state_dict().items()}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_keys_and_shapes(name: str) -> None:
     options, published, tensors = CASES[name]
@@ -59,7 +65,14 @@ def test_keys_and_shapes(name: str) -> None:
         "quantizer": {"type": "fsq", "levels": [8, 5, 5, 5]},
         "decoder": {"type": f"{name}_decoder", **options},
     }
-    ours = {k: tuple(v.shape) for k, v in build(spec).state_dict().items()}
+    ours = shapes(spec)
     assert {k: ours.get(k) for k in published} == published
     for part, count in tensors.items():
         assert sum(k.startswith(f"{part}.") for k in ours) == count
+
+
+def test_norms_have_the_same_keys() -> None:
+    options = {"type": "conv_encoder", "width": 8, "multipliers": [1, 2], "attention": [1], "groups": 4}
+    assert shapes({**options, "norm": "position"}) == shapes({**options, "norm": "group"}) == shapes(options)
+    with pytest.raises(ValueError, match="norm must be one of group, position, got 'batch'"):
+        build({**options, "norm": "batch"})

@@ -89,6 +89,12 @@ def test_the_whole_road(latticode, tokenizer, tmp_path) -> None:
     classifier = tmp_path / "classifier"
     code, _, err = latticode("train", "classifier", *TINY[:4], "steps=2", "classifier.width=4", "--out", classifier)
     assert code == 0, err
+    code, _, err = latticode("evaluate", prior, "--own-size")
+    assert code == 2
+    assert "of tokenizers" in err
+    code, out, err = latticode("evaluate", tokenizer, "--perceptual", classifier, "--limit", 20)
+    assert code == 0, err
+    assert "perceptual_classifier" in out
     code, out, err = latticode(
         "evaluate", prior, "--features", classifier, "--classifier", classifier, "--samples", 20, "--limit", 20
     )
@@ -118,6 +124,33 @@ def test_photographs_keep_their_own_size(latticode, tmp_path, crop) -> None:
     code, _, err = latticode("decode", tokenizer, tokens, back)
     assert code == 0, err
     assert [read(f)[0].shape for f in sorted(back.iterdir())] == [(9, 14), (20, 20), (9, 14)]
+
+
+def test_photographs_in_tiles(latticode, tokenizer, tmp_path) -> None:
+    """Scored without resizing; the token dataset decodes to what the score is of."""
+    photos, tokens, back = tmp_path / "photos", tmp_path / "tokens", tmp_path / "back"
+    photos.mkdir()
+    generator = np.random.default_rng(0)
+    sizes = {"a": (38, 50), "b": (16, 17)}
+    images = {name: generator.integers(0, 255, size, np.uint8) for name, size in sizes.items()}
+    for name, image in images.items():
+        Image.fromarray(image).save(photos / f"{name}.png")
+    code, _, err = latticode("evaluate", tokenizer, photos, "--split", "all", "--own-size", "--tile", 32)
+    assert code == 0, err
+    result = json.loads((tokenizer / "evaluation.json").read_text())
+    assert result["protocol"]["sizes"] == [[1, 16, 17], [1, 38, 50]]
+    assert (result["protocol"]["tile"], result["protocol"]["preprocessing"]["size"]) == (32, None)
+    assert result["bits_per_pixel"] == pytest.approx(np.log2(12) * (10 * 13 + 4 * 5) / (38 * 50 + 16 * 17))
+
+    code, _, err = latticode("encode", tokenizer, photos, tokens, "--own-size", "--tile", 32)
+    assert code == 0, err
+    assert json.loads((tokens / "manifest.json").read_text())["preprocess"]["tile"] == 32
+    code, _, err = latticode("decode", tokenizer, tokens, back, "--tile", 32)
+    assert code == 0, err
+    mse = [((read(f)[0] - x) ** 2).mean() for f, x in zip(sorted(back.iterdir()), images.values(), strict=True)]
+    assert result["psnr"] == pytest.approx(np.mean([10 * np.log10(255**2 / m) for m in mse]))
+    latticode("decode", tokenizer, tokens, tmp_path / "whole")
+    assert (read(next(back.glob("*a.png")))[0] != read(next((tmp_path / "whole").glob("*a.png")))[0]).any()
 
 
 def test_levels(latticode) -> None:
@@ -158,6 +191,8 @@ def test_help_reads(latticode, words) -> None:
         (["encode", "RUN", "embedded:digits", "out", "--device", "tpu9"], "no device 'tpu9'"),
         (["decode", "RUN", "nowhere", "out"], "nowhere is no token dataset"),
         (["sample", "RUN"], "is the run of a tokenizer; a prior's is needed"),
+        (["evaluate", "RUN", "--perceptual", "nowhere"], "nowhere holds no model.safetensors"),
+        (["evaluate", "RUN", "--own-size", "--tile", "6"], "got tile 6"),
         (["evaluate", "RUN", "--features", "nowhere"], "nowhere holds no model.safetensors"),
         (["evaluate", "RUN", "--features", "inception"], "feature network 'inception' cannot be had"),
         (["sample", "RUN", "--count", "0"], "greater than or equal to 1"),

@@ -71,8 +71,9 @@ def test_24_bits_extensible_odd_chunks_and_unknown_sizes() -> None:
     for file in (riff(layout(1, 1, 24), (b"LIST", b"abc"), (b"data", data)), riff(extensible, (b"data", data))):
         np.testing.assert_array_equal(decode_sound(file)[0], samples)
     streamed = bytearray(riff(layout(1, 1, 24), (b"data", data)))[:-1]
-    streamed[40:44] = b"\xff\xff\xff\xff"
-    np.testing.assert_array_equal(decode_sound(bytes(streamed))[0], samples)
+    for whole, size in ((0, 0), (36, 0), (0x7FFFF024, 0x7FFFF000), (0xFFFFFFFF, 0xFFFFFFFF)):
+        streamed[4:8], streamed[40:44] = struct.pack("<I", whole), struct.pack("<I", size)
+        np.testing.assert_array_equal(decode_sound(bytes(streamed))[0], samples)
 
 
 @pytest.mark.parametrize("kind", ["FLAC", "OGG"])
@@ -99,6 +100,7 @@ WAV = encode_wav(sound(100), RATE)
         (WAV[:30], "without format or samples"),
         (riff((b"data", b"1234")), "without format or samples"),
         (riff(layout(1, 1, 16), (b"data", b"")), "0 samples"),
+        (riff(layout(1, 1, 16), (b"data", b""), (b"LIST", b"not sound")), "0 samples"),
         (riff(layout(6, 1, 8), (b"data", b"12")), "wav format 6 of 8 bits"),
         (riff(layout(3, 1, 32), (b"data", struct.pack("<f", float("nan")))), "not finite"),
         (b"no sound at all", "unknown format|soundfile"),

@@ -181,7 +181,7 @@ def test_written_without_loss(tmp_path) -> None:
         assert image.info["duration"] == 100
 
 
-NET = ("width=4", "latent=4", "groups=2", "multipliers=[1,2,2]")
+NET = ("width=4", "latent=4", "groups=2")
 TINY = [
     "data.source=embedded:moving-digits",
     "data.size=16",

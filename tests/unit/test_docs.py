@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["docs/quantizers.md"]
+PAGES = ["docs/audio-video.md", "docs/quantizers.md", "docs/training.md"]
 
 
 def blocks(page: str) -> str:

@@ -16,6 +16,7 @@ from latticode.data.loading import Loader
 from latticode.data.records import ArraySource
 from latticode.data.transforms import Preprocess
 from latticode.evaluate import evaluate_classifier, evaluate_prior, evaluate_tokenizer
+from latticode.losses.perceptual import Perceptual
 from latticode.metrics import Classifier, FeatureNetwork
 from latticode.metrics.pixels import CAP
 from latticode.priors.base import Prior
@@ -57,15 +58,17 @@ class FakeTokenizer(Tokenizer):
     def __init__(self, error: float = 0.0):
         nn.Module.__init__(self)
         self.quantizer = cast(Any, FakeQuantizer())
+        self.encoder = self.decoder = nn.Identity()
+        self.axes, self.strides, self.leads = 2, (8, 8), (0, 0)
         self.error, self.frozen = error, nn.Dropout().eval()
 
     def encode(self, images: Tensor) -> Tensor:
         assert torch.is_inference_mode_enabled()
         assert not self.training
-        return to_uint8(images)[:, 0, :2, :2, None].long()
+        return to_uint8(images)[:, 0, ::8, ::8, None].long()
 
     def decode(self, codes: Tensor, size: Any = None) -> Tensor:
-        images = codes[..., 0].float().repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None] / 127.5 - 1
+        images = codes[..., 0].float().repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None] / 127.5 - 1
         return images[..., : size[0], : size[1]] if size else images
 
     def forward(self, images: Tensor) -> Reconstruction:
@@ -126,6 +129,20 @@ class FakeNetwork(nn.Module):
         return torch.stack([images.mean((1, 2, 3)), images.mean((1, 2, 3)).square()], dim=1)
 
 
+class FakeEyes(Perceptual):
+    """Mean absolute difference of images of 8 bits."""
+
+    name, kind = "the eyes of a test", "fake"
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        assert torch.equal(output, rounded(output))
+        assert torch.equal(target, rounded(target))
+        return (output - target).abs().mean()
+
+
 @pytest.fixture
 def network() -> FeatureNetwork:
     return FeatureNetwork("fake", FakeNetwork())
@@ -180,6 +197,28 @@ def test_reconstruction_fid_against_a_reference(network: FeatureNetwork) -> None
     assert result["rfid_fake"] == pytest.approx(0, abs=1e-9)
     assert evaluate_tokenizer(FakeTokenizer(), loader, features=network, reference=reference)["rfid_fake"] > 0.1
     assert result["protocol"]["reference"] == "the reference set"
+
+
+def test_perceptual_distance_is_a_mean_over_images() -> None:
+    class Negative(FakeTokenizer):
+        def forward(self, images: Tensor) -> Reconstruction:
+            return Reconstruction(-images + 0.3 / 127.5, self.encode(images), {})
+
+    result = as_json(evaluate_tokenizer(Negative(), GreyLoader(range(12)), perceptual=FakeEyes()))  # 5, 5 and 2 images
+    assert result["perceptual_fake"] == pytest.approx(np.mean([2 - g / 127.5 * 2 for g in range(12)]))
+    assert result["protocol"]["perceptual"] == "the eyes of a test"
+    assert not [key for key in evaluate_tokenizer(Negative(), GreyLoader(range(3))) if key.startswith("perceptual")]
+
+
+def test_large_images_are_reconstructed_in_tiles() -> None:
+    class NeverWhole(FakeTokenizer):
+        def forward(self, images: Tensor) -> Reconstruction:
+            raise AssertionError
+
+    result = as_json(evaluate_tokenizer(NeverWhole(), GreyLoader(range(64)), tile=8))
+    assert (result["psnr"], result["protocol"]["tile"]) == (CAP, 8)
+    assert result["bits_per_pixel"] == 8 * 4 / SIZE**2
+    assert "tile" not in evaluate_tokenizer(FakeTokenizer(), GreyLoader(range(4)), tile=SIZE)["protocol"]
 
 
 def test_modes_are_put_back_even_after_an_error() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.nn.conv import Downsample, Level, Middle, Upsample, channels_last, group_norm
+from latticode.nn.conv import Downsample, Level, Middle, Upsample, channels_last, normalisation
 
 
 def _per_level(blocks: int | Sequence[int], levels: int) -> list[int]:
@@ -24,6 +24,18 @@ def _check(multipliers: Sequence[int], attention: Sequence[int]) -> None:
         raise ValueError(f"attention names levels 0 .. {len(multipliers) - 1}, got {list(attention)}")
 
 
+def _reach(norm: str, attention: Sequence[int], blocks: int | Sequence[int], multipliers: Sequence[int]) -> int | None:
+    """What `reach` of both networks is; the two are mirrors, so one formula holds.
+
+    The two convolutions of each residual block add their level's step of 1, 2, 4, ... samples on either side; so do the
+    ends, the middle's four convolutions and each change of resolution: 1 + 5 * stride + (stride - 1).
+    """
+    if norm == "group" or attention:
+        return None
+    counts = _per_level(blocks, len(multipliers))
+    return 6 * 2 ** (len(counts) - 1) + sum(2 * n * 2**level for level, n in enumerate(counts))
+
+
 class ConvEncoder(nn.Module):
     """(B, in_channels, H, W) -> (B, latent, H / stride, W / stride) with stride 2^(len(multipliers) - 1).
 
@@ -35,6 +47,9 @@ class ConvEncoder(nn.Module):
         blocks: residual blocks per level, one number or one per level.
         attention: indices of the levels with self-attention; the middle has it iff this is not empty.
         groups: of every group normalisation; divides every width.
+        norm: "group" as published, or "position", which normalises over the channels of each position. With that and
+            no attention an output depends on a bounded receptive field, so that tiles which share enough give the codes
+            of the whole image (`latticode.tiling`).
     """
 
     def __init__(
@@ -46,10 +61,12 @@ class ConvEncoder(nn.Module):
         blocks: int | Sequence[int] = 2,
         attention: Sequence[int] = (),
         groups: int = 32,
+        norm: str = "group",
     ):
         super().__init__()
         _check(multipliers, attention)
-        self.in_channels, self.latent, self.width, self.groups = in_channels, latent, width, groups
+        self.in_channels, self.latent, self.width = in_channels, latent, width
+        self.groups, self.norm, normed = groups, norm, normalisation(norm, groups)
         self.multipliers, self.attention = list(multipliers), list(attention)
         self.blocks = blocks if isinstance(blocks, int) else list(blocks)
         self.stride = 2 ** (len(multipliers) - 1)
@@ -60,10 +77,18 @@ class ConvEncoder(nn.Module):
             widths = [here] + [width * m] * n
             here = widths[-1]
             down = Downsample(here) if level < len(multipliers) - 1 else None
-            self.down.append(Level(widths, groups, level in attention, "downsample", down))
-        self.mid = Middle(here, groups, bool(attention))
-        self.norm_out = group_norm(here, groups)
+            self.down.append(Level(widths, normed, level in attention, "downsample", down))
+        self.mid = Middle(here, normed, bool(attention))
+        self.norm_out = normed(here)
         self.conv_out = nn.Conv2d(here, latent, 3, padding=1)
+
+    @property
+    def reach(self) -> int | None:
+        """A position depends on its own stride^2 samples and on this many more on every side; None: on all there are.
+
+        On one side it may be fewer, because halving pads on the other.
+        """
+        return _reach(self.norm, self.attention, self.blocks, self.multipliers)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(channels_last(x))
@@ -88,26 +113,33 @@ class ConvDecoder(nn.Module):
         blocks: int | Sequence[int] = 3,
         attention: Sequence[int] = (),
         groups: int = 32,
+        norm: str = "group",
     ):
         super().__init__()
         _check(multipliers, attention)
-        self.out_channels, self.latent, self.width, self.groups = out_channels, latent, width, groups
+        self.out_channels, self.latent, self.width = out_channels, latent, width
+        self.groups, self.norm, normed = groups, norm, normalisation(norm, groups)
         self.multipliers, self.attention = list(multipliers), list(attention)
         self.blocks = blocks if isinstance(blocks, int) else list(blocks)
         self.stride = 2 ** (len(multipliers) - 1)
         here = width * multipliers[-1]
         self.conv_in = nn.Conv2d(latent, here, 3, padding=1)
-        self.mid = Middle(here, groups, bool(attention))
+        self.mid = Middle(here, normed, bool(attention))
         counts = _per_level(blocks, len(multipliers))
         levels: list[Level] = []
         for level in reversed(range(len(multipliers))):
             widths = [here] + [width * multipliers[level]] * counts[level]
             here = widths[-1]
             up = Upsample(here) if level > 0 else None
-            levels.append(Level(widths, groups, level in attention, "upsample", up))
+            levels.append(Level(widths, normed, level in attention, "upsample", up))
         self.up = nn.ModuleList(reversed(levels))  # up.0 is the finest level, as in the published key names
-        self.norm_out = group_norm(here, groups)
+        self.norm_out = normed(here)
         self.conv_out = nn.Conv2d(here, out_channels, 3, padding=1)
+
+    @property
+    def reach(self) -> int | None:
+        """A position changes its own stride^2 samples and this many more on every side; None: all there are."""
+        return _reach(self.norm, self.attention, self.blocks, self.multipliers)
 
     @property
     def last_layer(self) -> Tensor:

@@ -39,6 +39,7 @@ class _Settings(nn.Module):
         strides: Sequence[Sequence[int]],
         blocks: int | Sequence[int],
         groups: int,
+        patch: Sequence[int],
     ):
         super().__init__()
         counts = [blocks] * len(multipliers) if isinstance(blocks, int) else list(blocks)
@@ -47,16 +48,18 @@ class _Settings(nn.Module):
                 "multipliers must be integers >= 1 and blocks one number >= 0 or one for each of them, "
                 f"got {list(multipliers)} and {blocks}"
             )
-        if len(strides) != len(multipliers) - 1 or any(len(s) != 2 or not set(s) <= {1, 2} for s in strides):
+        steps = [patch, *strides]
+        if len(strides) != len(multipliers) - 1 or any(len(s) != 2 or not set(s) <= {1, 2} for s in steps):
             raise ValueError(
-                f"strides must be {len(multipliers) - 1} pairs (time, space) of 1 or 2, one between two multipliers, "
-                f"got {[list(s) for s in strides]}"
+                f"patch must be a pair (time, space) of 1 or 2 and strides {len(multipliers) - 1} such pairs, one "
+                f"between two multipliers, got {list(patch)} and {[list(s) for s in strides]}"
             )
         self.latent, self.width, self.groups = latent, width, groups
-        self.multipliers, self.strides = list(multipliers), [(s[0], s[1]) for s in strides]
+        self.multipliers = list(multipliers)
+        self.patch, *self.strides = [(s[0], s[1]) for s in steps]
         self.blocks = blocks if isinstance(blocks, int) else list(blocks)
         self.counts = counts
-        time, space = (math.prod(s[i] for s in strides) for i in (0, 1))
+        time, space = (math.prod(s[i] for s in steps) for i in (0, 1))
         self.stride = (time, space, space)
 
 
@@ -73,6 +76,7 @@ class VideoEncoder(_Settings):
         strides: (time, space) between two resolutions, finest first, 1 or 2 each.
         blocks: residual blocks per level, one number or one per level; the coarsest has two more.
         groups: of every group normalisation; divides every width.
+        patch: (time, space) of the first convolution's stride, 1 or 2 each: no work at the resolution of the frames.
     """
 
     def __init__(
@@ -84,10 +88,11 @@ class VideoEncoder(_Settings):
         strides: Sequence[Sequence[int]] = ((1, 2), (2, 2), (2, 2)),
         blocks: int | Sequence[int] = 4,
         groups: int = 32,
+        patch: Sequence[int] = (1, 1),
     ):
-        super().__init__(latent, width, multipliers, strides, blocks, groups)
+        super().__init__(latent, width, multipliers, strides, blocks, groups, patch)
         self.in_channels = in_channels
-        self.conv_in = CausalConv3d(in_channels, width)
+        self.conv_in = CausalConv3d(in_channels, width, stride=self.patch)
         here, levels = width, []
         for level, (m, n) in enumerate(zip(multipliers, self.counts, strict=True)):
             widths = [here] + [width * m] * n
@@ -124,8 +129,9 @@ class VideoDecoder(_Settings):
         strides: Sequence[Sequence[int]] = ((1, 2), (2, 2), (2, 2)),
         blocks: int | Sequence[int] = 4,
         groups: int = 32,
+        patch: Sequence[int] = (1, 1),
     ):
-        super().__init__(latent, width, multipliers, strides, blocks, groups)
+        super().__init__(latent, width, multipliers, strides, blocks, groups, patch)
         self.out_channels = out_channels
         here, levels = width * multipliers[-1], []
         self.conv_in = CausalConv3d(latent, here)
@@ -141,11 +147,11 @@ class VideoDecoder(_Settings):
             levels.append(nn.Sequential(*parts))
         self.up = nn.ModuleList(reversed(levels))  # up.0 is the finest level, as in ConvDecoder
         self.norm_out = FrameNorm(here, groups)
-        self.conv_out = CausalConv3d(here, out_channels)
+        self.conv_out = CausalUpsample(here, out_channels, self.patch)
 
     @property
     def last_layer(self) -> Tensor:
-        return self.conv_out.weight
+        return self.conv_out.conv.weight
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))

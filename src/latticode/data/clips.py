@@ -127,7 +127,10 @@ class VideoPreprocess(Preparation):
 
 
 def save_animation(path: Path, frames: np.ndarray, fps: float) -> None:
-    """`frames` (C, T, H, W) uint8 as a lossless animated WebP file."""
+    """`frames` (C, T, H, W) uint8 as a lossless animated WebP file.
+
+    The format keeps equal neighbours as one frame that lasts as long as all of them.
+    """
     from PIL import Image
 
     pictures = [

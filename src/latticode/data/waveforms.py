@@ -18,7 +18,7 @@ from latticode.files import replacing
 from latticode.values import to_int16
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # format tags of wav files
-UNKNOWN = (0, 0xFFFFFFFF)  # what a program that cannot seek writes as the size of the samples
+UNKNOWN = 0x7FFFF000  # from here on, a size is what programs that cannot seek write for one that they do not know
 
 
 class SoundError(ContentError):
@@ -49,6 +49,7 @@ def _read_wav(data: bytes) -> tuple[np.ndarray, int]:
 
     A reader of its own because the standard library's knows no floats and scipy's warns, which threads cannot silence.
     """
+    whole = 8 + struct.unpack_from("<I", data, 4)[0]  # bytes; with samples of size 0 and more behind, both are unknown
     place, layout = 12, None
     while place + 8 <= len(data):
         kind, size = data[place : place + 4], struct.unpack_from("<I", data, place + 4)[0]
@@ -61,9 +62,11 @@ def _read_wav(data: bytes) -> tuple[np.ndarray, int]:
         elif kind == b"data":
             if layout is None:
                 break
-            if size not in UNKNOWN and body + size > len(data):
+            if size >= UNKNOWN or (size == 0 and body >= whole):
+                size = len(data) - body
+            if body + size > len(data):
                 raise SoundError(f"truncated: {len(data) - body} of {size} bytes of samples")
-            return _samples(data[body:] if size in UNKNOWN else data[body : body + size], *layout)
+            return _samples(data[body : body + size], *layout)
         place = body + size + size % 2
     raise SoundError("a wav file without format or samples")
 

@@ -26,6 +26,7 @@ from pydantic import (
 
 from latticode import registry
 from latticode.data import AudioPreprocess, Preparation, Preprocess, VideoPreprocess
+from latticode.engine.schedules import RAMP_KEYS, Ramp, at_end, ramps_in
 from latticode.registry import SpecError, nearest
 
 
@@ -129,6 +130,12 @@ class OptimizerConfig(_Section):
     clip: NonNegativeFloat = 1.0
 
 
+Weight = Annotated[
+    Annotated[float, Tag("number")] | Annotated[dict[str, Any], Tag("ramp")],
+    Discriminator(lambda value: "ramp" if isinstance(value, Mapping) else "number"),
+]
+
+
 class RunConfig(_Section):
     """A whole run. What is trained is the prior if there is one, else the classifier, else the tokenizer."""
 
@@ -138,7 +145,7 @@ class RunConfig(_Section):
     prior: dict[str, Any] | None = None
     classifier: dict[str, Any] | None = None
     objective: dict[str, Any]
-    weights: dict[str, float]
+    weights: dict[str, Weight] = Field(description="of the loss terms; a ramp (engine/schedules.py) for one that moves")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     optimizers: dict[str, OptimizerConfig] = Field(
         default_factory=dict, description="by player, e.g. critic, where it differs from `optimizer`"
@@ -160,11 +167,37 @@ class RunConfig(_Section):
         return next(k for k in ("prior", "classifier", "tokenizer") if getattr(self, k) is not None)
 
     @property
-    def model(self) -> registry.Spec:
+    def spec(self) -> registry.Spec:
+        """Of the trained model, as the recipe has it."""
         spec = getattr(self, self.kind)
         if not isinstance(spec, dict):
             raise ConfigError(f"tokenizer={spec!r} names a trained run, so there is nothing left to train")
         return spec
+
+    @property
+    def model(self) -> registry.Spec:
+        """The spec to build: every ramp is where it starts."""
+        return at_end(self.spec, "from")
+
+    @property
+    def ramps(self) -> dict[str, Ramp]:
+        """By dotted key as in an override, e.g. `weights.kl`. Raises ConfigError for one that is wrong or misplaced."""
+        try:
+            found = dict(ramps_in(getattr(self, self.kind), self.kind))
+            if elsewhere := [key for key, _ in ramps_in(self.objective, "objective")]:
+                raise ConfigError(f"{elsewhere[0]} cannot be a ramp: only weights and numbers of the {self.kind} can")
+        except SpecError as error:
+            raise ConfigError(str(error)) from None
+        found |= {f"weights.{name}": value for name, value in self.weights.items() if isinstance(value, dict)}
+        ramps, errors = {}, []
+        for key, value in found.items():
+            try:
+                ramps[key] = Ramp.model_validate(value)
+            except ValidationError as error:
+                errors += [_say(e, [key, *e["loc"]], RAMP_KEYS) for e in error.errors()]
+        if errors:
+            raise ConfigError("\n".join(errors))
+        return ramps
 
 
 def recipe_names() -> list[str]:
@@ -231,6 +264,7 @@ def validate(content: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
     if config.tokenizer is None and config.prior is None and config.classifier is None:
         raise ConfigError("a run needs something to train: a tokenizer, a prior or a classifier")
+    _ = config.ramps  # raises for a wrong one
     return config
 
 
@@ -241,11 +275,18 @@ def _explain(error: Any) -> str:
         section = DATA[parts.pop(1)]
     elif parts[0] == "optimizers":
         section = OptimizerConfig
+    elif parts[0] == "weights":
+        parts = parts[:2]  # behind is what the weight was taken for
     elif len(parts) > 1:
         section = RunConfig.model_fields[parts[0]].annotation  # type: ignore[assignment]
-    place = ".".join(str(part) for part in parts)
+    return _say(error, parts, section.model_fields)
+
+
+def _say(error: Any, parts: Iterable[Any], valid: Iterable[str]) -> str:
+    *_, last = parts = [str(part) for part in parts]
+    place = ".".join(parts)
     if error["type"] == "extra_forbidden":
-        return f"unknown key {place!r}{nearest(str(parts[-1]), section.model_fields)}"
+        return f"unknown key {place!r}{nearest(last, valid)}"
     if error["type"] == "missing":
         return f"missing key {place!r}"
     return f"{place}: {error['msg']}, got {error['input']!r}"

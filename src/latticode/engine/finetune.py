@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,19 +13,23 @@ from latticode.engine.config import ConfigError, differences
 from latticode.pretrained import load_model, load_tensors
 
 
-def start_from(run: Path, model: nn.Module, objective: nn.Module, players: Mapping[str, nn.Module]) -> dict[str, bool]:
+def start_from(
+    run: Path, model: nn.Module, objective: nn.Module, players: Mapping[str, nn.Module], moved: Iterable[str]
+) -> dict[str, bool]:
     """Give `model` the (averaged) weights of `run`, and every other player its own if the run trained the very same.
 
-    The run, or folder of `save_pretrained`, must hold a model of the same spec. Returns for every other player whether
-    it goes on from the run's; it starts afresh where the run had none or one of other shapes. Raises ConfigError
-    naming the keys in which the specs differ.
+    The run, or folder of `save_pretrained`, must hold a model of the same spec, but for the numbers that ramps move:
+    `moved` are their keys in the configuration. Returns for every other player whether it goes on from the run's; it
+    starts afresh where the run had none or one of other shapes. Raises ConfigError naming the keys in which the specs
+    differ.
     """
     try:
         source = load_model(run)
     except OSError as error:
         raise ConfigError(f"init_from: {error}") from None
     # not the spec in the file: it lacks arguments that came later, which the model that was built from it has
-    if differ := differences(registry.spec_of(source), registry.spec_of(model)):
+    free = {key.partition(".")[2] for key in moved}
+    if differ := differences(registry.spec_of(source), registry.spec_of(model), free=free):
         raise ConfigError(f"init_from={run} holds another model: {differ}")
     model.load_state_dict(source.state_dict())
     saved = load_tensors(run / STATE)[0] if (run / STATE).is_file() else {}

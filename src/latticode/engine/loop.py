@@ -28,6 +28,7 @@ from latticode.engine.feed import open_feed
 from latticode.engine.finetune import Parts, start_from
 from latticode.engine.monitor import Monitor
 from latticode.engine.progress import progress
+from latticode.engine.schedules import Schedules, check_movable
 from latticode.engine.tally import Tally, TrainingError
 from latticode.files import write_text
 from latticode.objectives import Objective
@@ -147,15 +148,19 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     main = accelerator.is_main_process
     feed = open_feed(config, folder, accelerator.device, console if main else Console(quiet=True))
     config = complete(config, classes=len(feed.classes), vocab=feed.vocab, grid=feed.grid)
+    ramps = config.ramps
+    if moved := [key for key in ramps if not key.startswith("weights.")]:
+        check_movable(config.spec, moved)
 
     torch.manual_seed(config.seed)
     model = registry.build(config.model).to(accelerator.device)
     objective: Objective = registry.build(config.objective).to(accelerator.device)
-    objective.weights = config.weights
+    schedules = Schedules(ramps, config.weights, model, config.steps)
+    objective.weights = schedules.weights
     parts = Parts(model, config.train_only)
     players = objective.players(model)
     if config.init_from and not saved_step(folder):
-        for name, restored in start_from(Path(config.init_from), model, objective, players).items():
+        for name, restored in start_from(Path(config.init_from), model, objective, players, moved).items():
             if main:
                 told = "goes on from" if restored else "starts afresh, not from"
                 console.print(f"{name}: {told} {config.init_from}", markup=False, soft_wrap=True)
@@ -216,6 +221,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
         for step in range(start, config.steps):
             torch.manual_seed(step_seed(config.seed, step, distributed.rank()))
             rates, done = {n: learning_rate(s, step, config.steps) for n, s in settings.items()}, step + 1
+            moving = schedules.set(step)
             with accumulating(model):
                 for micro in range(config.accumulate):
                     last = micro == config.accumulate - 1
@@ -224,7 +230,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                     with accelerator.autocast():
                         for player, terms in objective.turns(model, batch, step):
                             parameters = [p for p in players[player].parameters() if p.requires_grad]
-                            loss = weigh(terms, config.weights) / config.accumulate
+                            loss = weigh(terms, schedules.weights) / config.accumulate
                             if loss.requires_grad:
                                 accelerator.backward(loss, inputs=parameters)
                                 if last:
@@ -250,7 +256,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                         train_means = {f"train/{k}": v for k, v in means.items()}
                         speed = (done - start) * images / (time.monotonic() - began)
                         rate = next(iter(rates.values()))  # the trained model's
-                        monitor.log(done, {**train_means, "lr": rate, "seconds": elapsed, "images_per_second": speed})
+                        pace = {"seconds": elapsed, "images_per_second": speed}
+                        monitor.log(done, {**train_means, "lr": rate, **moving, **pace})
             else:
                 advance(done)
             if monitor and (done in (config.steps, objective.critic_from) or done % config.picture_every == 0):

@@ -11,17 +11,26 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from latticode import registry
+from latticode import registry, tiling
 from latticode.data import Loader, TokenDataset, TokenWriter
 from latticode.data.tokens import MANIFEST, UnfinishedError
 from latticode.engine.progress import progress
 
 
-def encode(tokenizer: Any, loader: Loader, folder: Path, *, console: Console, resume: bool = False) -> TokenDataset:
+def encode(
+    tokenizer: Any,
+    loader: Loader,
+    folder: Path,
+    *,
+    tile: int | None = None,
+    console: Console,
+    resume: bool = False,
+) -> TokenDataset:
     """Encode everything that `loader.epoch()` yields into a token dataset at `folder`.
 
-    The loader reads ahead in its own threads and the writer runs in another, so the network is the limit. With `resume`
-    the shards that are there are kept and the rest is encoded. Raises ValueError if `folder` holds other tokens.
+    The loader reads ahead in its own threads and the writer runs in another, so the network is the limit. Images longer
+    than `tile` are encoded in tiles, see `tiling.encode`. With `resume` the shards that are there are kept and the rest
+    is encoded. Raises ValueError if `folder` holds other tokens.
     """
     identity = {"tokenizer": registry.spec_of(tokenizer), "tokenizer_hash": tokenizer.fingerprint()}
     if resume and (folder / MANIFEST).exists():
@@ -33,7 +42,7 @@ def encode(tokenizer: Any, loader: Loader, folder: Path, *, console: Console, re
         folder,
         **identity,
         vocab=tokenizer.vocab,
-        preprocess=loader.preprocess.record(),
+        preprocess=loader.preprocess.record() | ({} if tile is None else {"tile": tile}),
         classes=loader.source.classes,
         ragged=loader.preprocess.shape is None,
         resume=resume,
@@ -48,7 +57,7 @@ def encode(tokenizer: Any, loader: Loader, folder: Path, *, console: Console, re
             if not len(batch.inputs):
                 continue
             with torch.inference_mode():
-                codes = tokenizer.encode(batch.inputs.to(device)).cpu()
+                codes = tiling.encode(tokenizer, batch.inputs.to(device), tile).cpu()
             if pending:
                 pending.result()
             names = [loader.source.name_of(int(i)) for i in batch.indices]
@@ -63,8 +72,15 @@ def encode(tokenizer: Any, loader: Loader, folder: Path, *, console: Console, re
     return TokenDataset(folder)
 
 
-def decode(tokenizer: Any, tokens: TokenDataset, batch_size: int = 64) -> Iterator[tuple[list[int], Tensor]]:
-    """(positions, values (B, C, *size) in [-1, 1]) of a token dataset, cropped to the sizes that were encoded."""
+def decode(
+    tokenizer: Any, tokens: TokenDataset, batch_size: int = 64, tile: int | None = None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(positions, values (B, C, *size) in [-1, 1]) of a token dataset, cropped to the sizes that were encoded.
+
+    What kept its own size comes one by one; images longer than `tile` are decoded in tiles, see `tiling.decode`.
+    """
+    if any(shard["grid"] is None for shard in tokens.manifest["shards"]):
+        batch_size = 1
     device = next(tokenizer.parameters()).device
     start = 0
     while start < len(tokens):
@@ -76,5 +92,5 @@ def decode(tokenizer: Any, tokens: TokenDataset, batch_size: int = 64) -> Iterat
             stop += 1
         positions = list(range(start, stop))
         with torch.inference_mode():
-            yield positions, tokenizer.decode(tokens.codes(positions).to(device), size).cpu()
+            yield positions, tiling.decode(tokenizer, tokens.codes(positions).to(device), size, tile).cpu()
         start = stop

@@ -33,9 +33,10 @@ def constant(network: nn.Module) -> nn.Module:
 
 
 class Perceptual(nn.Module, ABC):
-    """`forward(output, target)` is the distance; `name` says whose eyes it is."""
+    """`forward(output, target)` is the distance; `name` says whose eyes it is, `kind` shortly: lpips or classifier."""
 
     name: str
+    kind: str
 
     @abstractmethod
     def stages(self, images: Tensor) -> Sequence[Tensor]:
@@ -66,6 +67,8 @@ class FeatureDistance(Perceptual):
     Args:
         run: the folder of the classifier's run.
     """
+
+    kind = "classifier"
 
     def __init__(self, run: str):
         super().__init__()
@@ -106,7 +109,7 @@ class LPIPS(Perceptual):
     shift: Tensor
     scale: Tensor
 
-    name = "LPIPS 0.1, VGG16"
+    name, kind = "LPIPS 0.1, VGG16", "lpips"
     widths = (64, 128, 256, 512, 512)
     convolutions = (2, 2, 3, 3, 3)
 

@@ -16,7 +16,8 @@ PROTOCOL: dict[str, Any] = {
     "round": "16 bits",
     "si_sdr": f"mean over recordings of each channel's own, mean removed, capped at +-{CAP:g} dB; silent ones left out",
     "mel_distance": f"mean |difference| of log10 mel magnitudes, window / 16 bands, Hann windows {WINDOWS}, hop 1/4",
-    "stft_distance": f"spectral convergence + mean |difference| of ln magnitudes, Hann windows {WINDOWS}, hop 1/4",
+    "stft_distance": f"spectral convergence + mean |difference| of ln magnitudes, Hann windows {WINDOWS}, hop 1/4; "
+    "silent recordings left out",
 }
 
 
@@ -56,17 +57,17 @@ class AudioMetrics:
         if not outputs.isfinite().all():
             raise ValueError("reconstructions hold values that are not finite; they have no distance")
         for true, ours in zip(rounded_sound(inputs), rounded_sound(outputs), strict=True):
-            ratio = si_sdr(true, ours).mean()
+            ratio = si_sdr(true, ours).nanmean()
             self.count += 1
+            self._mel += float(mel_distance(ours[None], true[None], self.rate))
             if ratio.isnan():
                 self.silent += 1
             else:
                 self._ratio += float(ratio)
-            self._mel += float(mel_distance(ours[None], true[None], self.rate))
-            self._stft += float(stft_distance(ours[None], true[None]))
+                self._stft += float(stft_distance(ours[None], true[None]))  # relative to a magnitude that is not 0
 
     def compute(self) -> dict[str, Any]:
-        """si_sdr in dB (None if everything was silent), mel_distance, stft_distance, silent (recordings), count.
+        """si_sdr in dB and stft_distance (None if everything was silent), mel_distance, silent (recordings), count.
 
         Raises ValueError when nothing was counted.
         """
@@ -76,7 +77,7 @@ class AudioMetrics:
         return {
             "si_sdr": self._ratio / heard if heard else None,
             "mel_distance": self._mel / self.count,
-            "stft_distance": self._stft / self.count,
+            "stft_distance": self._stft / heard if heard else None,
             "silent": self.silent,
             "count": self.count,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from latticode.values import to_uint8
 
 CAP = 100.0  # dB. An image that is restored exactly has no finite PSNR: it counts as this, and is counted in `exact`
 WINDOW = 11  # px, the Gaussian window of SSIM
+STRIP = 2**22  # numbers that are compared at once: large photographs go strip by strip
 
 PROTOCOL: dict[str, Any] = {
     "round": True,
@@ -23,7 +25,10 @@ PROTOCOL: dict[str, Any] = {
 
 def mse_8bit(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Mean squared error (B,) in squared 8-bit steps, float64, of uint8 images (B, C, H, W)."""
-    return (images.double() - reconstructions.double()).square().mean((1, 2, 3))
+    total = images.new_zeros(len(images), dtype=torch.float64)
+    for a, b in _strips(images, reconstructions):
+        total += (a.double() - b.double()).square().sum((1, 2, 3))
+    return total / images[0].numel()
 
 
 def psnr(mse: Tensor) -> Tensor:
@@ -39,12 +44,25 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    _, full = structural_similarity_index_measure(
-        reconstructions.float() / 255, images.float() / 255, data_range=1.0, reduction="none", return_full_image=True
-    )
     margin = WINDOW // 2
-    assert isinstance(full, Tensor)
-    return full[..., margin:-margin, margin:-margin].double().mean((1, 2, 3))
+    total = images.new_zeros(len(images), dtype=torch.float64)
+    for a, b in _strips(images, reconstructions, 2 * margin):
+        _, full = structural_similarity_index_measure(
+            b.float() / 255, a.float() / 255, data_range=1.0, reduction="none", return_full_image=True
+        )
+        assert isinstance(full, Tensor)
+        total += full[..., margin:-margin, margin:-margin].double().sum((1, 2, 3))
+    _, channels, height, width = images.shape
+    return total / (channels * (height - 2 * margin) * (width - 2 * margin))
+
+
+def _strips(images: Tensor, reconstructions: Tensor, shared: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both (B, C, H, W), some rows at a time, the last `shared` of which come again in the next strip."""
+    height = images.shape[2]
+    step = max(1, STRIP // (images.numel() // height))
+    for start in range(0, height - shared, step):
+        rows = slice(start, start + step + shared)
+        yield images[:, :, rows], reconstructions[:, :, rows]
 
 
 class PixelMetrics:

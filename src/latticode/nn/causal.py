@@ -19,7 +19,7 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + (self.alpha * x).sin().square() / (self.alpha + 1e-9)
+        return x + (self.alpha * x).sin().square() * (self.alpha + 1e-9).reciprocal()  # one division per channel
 
 
 class _Normed(nn.Module):

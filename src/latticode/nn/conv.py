@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]  # a normalisation of that many channels
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -13,14 +18,35 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
+class PositionNorm(nn.LayerNorm):
+    """(B, C, H, W): every position by the mean and deviation of its own C channels, then a scale and shift per channel.
+
+    A group normalisation looks at the whole image; with this one an output depends on its receptive field alone.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)  # views under channels_last
+
+
+def normalisation(name: str, groups: int) -> Norm:
+    """What the name `norm` of an autoencoder stands for. Raises ValueError for an unknown one."""
+    norms: dict[str, Norm] = {"group": partial(group_norm, groups=groups), "position": PositionNorm}
+    if name not in norms:
+        raise ValueError(f"norm must be one of {', '.join(norms)}, got {name!r}")
+    return norms[name]
+
+
 class ResnetBlock(nn.Module):
     """(B, in, H, W) -> (B, out, H, W): twice norm, SiLU, 3x3 convolution; a 1x1 shortcut where the widths differ."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm):
         super().__init__()
-        self.norm1 = group_norm(in_channels, groups)
+        self.norm1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels, groups)
+        self.norm2 = norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -34,9 +60,9 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over the positions of (B, C, H, W), with a residual connection."""
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, norm: Norm):
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -52,11 +78,11 @@ class AttentionBlock(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention if asked, residual block, at the lowest resolution."""
 
-    def __init__(self, channels: int, groups: int, attention: bool):
+    def __init__(self, channels: int, norm: Norm, attention: bool):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttentionBlock(channels, groups) if attention else nn.Identity()
-        self.block_2 = ResnetBlock(channels, channels, groups)
+        self.block_1 = ResnetBlock(channels, channels, norm)
+        self.attn_1 = AttentionBlock(channels, norm) if attention else nn.Identity()
+        self.block_2 = ResnetBlock(channels, channels, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -87,10 +113,10 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution, each followed by attention where asked, then the change of resolution if any."""
 
-    def __init__(self, widths: list[int], groups: int, attention: bool, resample: str, module: nn.Module | None):
+    def __init__(self, widths: list[int], norm: Norm, attention: bool, resample: str, module: nn.Module | None):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(AttentionBlock(b, groups) for b in widths[1:] if attention)
+        self.block = nn.ModuleList(ResnetBlock(a, b, norm) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttentionBlock(b, norm) for b in widths[1:] if attention)
         self.resample = resample if module is not None else ""
         if module is not None:
             self.add_module(resample, module)
