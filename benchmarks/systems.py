@@ -138,13 +138,13 @@ GROUPS = {
     ),
     "fsdd": Group(
         "fsdd",
-        ("steps=1200",),
+        ("steps=1000",),
         {"rvq": ("rvq-fsdd",), "simvq": ("simvq-fsdd",), "fsq": ("fsq-fsdd",)},
         columns=("bits per second", "SI-SDR", "mel distance", "STFT distance", *CODES),
     ),
     "weizmann": Group(
         "weizmann-actions",
-        ("steps=700",),
+        ("steps=450",),
         {"magvit2": ("magvit2-weizmann",), "fsq": ("fsq-weizmann",)},
         columns=("bits per pixel", "PSNR", "SSIM", "temporal error", *CODES),
     ),

@@ -175,10 +175,28 @@ def test_moving_digits() -> None:
 def test_written_without_loss(tmp_path) -> None:
     frames = clip(4).transpose(3, 0, 1, 2)
     save_animation(tmp_path / "a.webp", frames, 10)
-    np.testing.assert_array_equal(frames_of(Record((tmp_path / "a.webp").read_bytes(), 0, "a")), clip(4))
+    record = Record((tmp_path / "a.webp").read_bytes(), 0, "a")
+    np.testing.assert_array_equal(frames_of(record, fps=10), clip(4))
+    np.testing.assert_array_equal(frames_of(record, fps=20), clip(4).repeat(2, 0))
+    np.testing.assert_array_equal(frames_of(record, fps=5), clip(4)[1::2])
     with Image.open(tmp_path / "a.webp") as image:
         image.load()
         assert image.info["duration"] == 100
+
+
+def test_equal_neighbours_and_odd_rates_come_back(tmp_path) -> None:
+    frames = clip(40).repeat(np.arange(40) % 4 + 1, 0)
+    save_animation(tmp_path / "a.webp", frames.transpose(3, 0, 1, 2), 30)
+    with Image.open(tmp_path / "a.webp") as image:
+        assert image.n_frames == 40
+    np.testing.assert_array_equal(frames_of(Record((tmp_path / "a.webp").read_bytes(), 0, "a"), fps=30), frames)
+
+
+def test_an_animation_that_lasts_too_long_is_refused(tmp_path) -> None:
+    pictures = [Image.fromarray(frame) for frame in clip(2)]
+    data = encode(pictures[0], "GIF", save_all=True, append_images=pictures[1:], duration=600_000)
+    with pytest.raises(ClipError, match=r"x: ValueError: more than \d+ frames, \d+ megapixels"):
+        VideoPreprocess(fps=1e5).load(Record(data, 0, "x"))
 
 
 NET = ("width=4", "latent=4", "groups=2")

@@ -20,12 +20,13 @@ class ClipError(ContentError):
     """A clip that cannot be decoded; the message has its name and the reason."""
 
 
-def frames_of(record: Record) -> Iterator[Any]:
+def frames_of(record: Record, fps: float) -> Iterator[Any]:
     """The frames of a clip as upright 8-bit pictures, one at a time.
 
     A clip is an animation (GIF, WebP, APNG), the encoded files of its frames in order, or, where the record says how
-    many, one picture with the frames side by side. Raises ClipError for anything unreadable and for more than
-    MAX_PIXELS pixels.
+    many, one picture with the frames side by side. An animation says how long each of its frames lasts and is sampled
+    `fps` times a second; frames without a duration come once. Raises ClipError for anything unreadable and for more
+    than MAX_PIXELS pixels.
     """
     try:
         if record.frames:
@@ -34,7 +35,7 @@ def frames_of(record: Record) -> Iterator[Any]:
             for number, file in enumerate(record.content):
                 yield decode_image(file, f"{record.name}, frame {number}")
         else:
-            yield from _animation(record)
+            yield from _animation(record, 1000 / fps)
     except ImageError as error:
         raise ClipError(str(error)) from None
 
@@ -47,17 +48,23 @@ def _cut(strip: Any, record: Record) -> Iterator[Any]:
         yield strip.crop((left, 0, left + width, strip.height))
 
 
-def _animation(record: Record) -> Iterator[Any]:
+def _animation(record: Record, period: float) -> Iterator[Any]:
+    """What an animation shows in the middle of every `period` milliseconds."""
     from PIL import Image, ImageSequence
 
     decode_image(record.content, record.name)  # type: ignore[arg-type]  # refuses what is no picture or too large
     with Image.open(io.BytesIO(record.content)) as animation:  # type: ignore[arg-type]
-        pixels = animation.width * animation.height * getattr(animation, "n_frames", 1)
-        if pixels > MAX_PIXELS:
-            raise ClipError(f"{record.name}: {pixels / 1e6:.0f} megapixels, more than {MAX_PIXELS / 1e6:g}")
+        most = MAX_PIXELS // (animation.width * animation.height)
+        count, end = 0, 0.0
         try:
             for frame in ImageSequence.Iterator(animation):
-                yield decode_image(frame.copy(), record.name)
+                picture = decode_image(frame.copy(), record.name)
+                end += frame.info.get("duration") or period
+                if end > (most + 0.5) * period:
+                    raise ValueError(f"more than {most} frames, {MAX_PIXELS / 1e6:g} megapixels in all")
+                while (count + 0.5) * period < end:
+                    count += 1
+                    yield picture
         except (OSError, EOFError, SyntaxError, ValueError) as error:
             raise ClipError(f"{record.name}: {type(error).__name__}: {error}") from error
 
@@ -68,7 +75,7 @@ class VideoPreprocess(Preparation):
 
     Every frame is treated like an image (`size`, `channels`, `resize`, `crop`: 'center' or 'squash'). `frames` is the
     training window, taken at random; a clip with fewer repeats its last frame. With `frames` None a clip keeps its
-    own. `flip` mirrors a whole clip. `fps` is what written clips and rates per second assume: most sources do not say.
+    own. `flip` mirrors a whole clip. At `fps` animations are sampled and written; other sources do not say theirs.
     """
 
     medium = VIDEO
@@ -104,7 +111,7 @@ class VideoPreprocess(Preparation):
     def load(self, record: Record) -> np.ndarray:
         """(C, T, H, W) uint8."""
         image = self._image()
-        frames = [image.pixels(frame) for frame in frames_of(record)]
+        frames = [image.pixels(frame) for frame in frames_of(record, self.fps)]
         if not frames or len({frame.shape for frame in frames}) > 1:
             sizes = " and ".join(sorted({f"{f.shape[1]}x{f.shape[2]}" for f in frames})) or "no frames"
             raise ClipError(f"{record.name}: a clip has frames of one size, got {sizes}")
@@ -129,14 +136,14 @@ class VideoPreprocess(Preparation):
 def save_animation(path: Path, frames: np.ndarray, fps: float) -> None:
     """`frames` (C, T, H, W) uint8 as a lossless animated WebP file.
 
-    The format keeps equal neighbours as one frame that lasts as long as all of them.
+    The format keeps equal neighbours as one frame that lasts as long as all of them, in whole milliseconds.
     """
     from PIL import Image
 
     pictures = [
         Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames.transpose(1, 2, 3, 0)
     ]
+    ends = [round(1000 * i / fps) for i in range(len(pictures) + 1)]
+    lasting = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     with replacing(path) as temporary:
-        pictures[0].save(
-            temporary, "WEBP", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), lossless=True
-        )
+        pictures[0].save(temporary, "WEBP", save_all=True, append_images=pictures[1:], duration=lasting, lossless=True)
