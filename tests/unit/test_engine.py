@@ -18,7 +18,7 @@ from helpers import FSQ_SPEC, QUIET, TINY, VQ_SPEC, tiny_config, tiny_tokenizer,
 from latticode import load
 from latticode.engine import ConfigError, TrainingError, load_config, train
 from latticode.engine.checkpoint import STATE
-from latticode.engine.config import OptimizerConfig
+from latticode.engine.config import OptimizerConfig, complete
 from latticode.engine.loop import learning_rate
 from latticode.objectives import TERMS
 
@@ -283,3 +283,13 @@ def test_what_a_prior_may_stand_on(tmp_path) -> None:
     load(prior).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="holds a MaskGIT, not a Tokenizer"):
         train(load_config("maskgit", [f"tokenizer={tmp_path / 'model'}", data]), tmp_path / "no", console=QUIET)
+
+
+def test_what_data_determine_reaches_the_parts_of_a_list() -> None:
+    critics = "{type: critics, critics: [{type: period_critic}, {type: spectrum_critic, channels: 1}]}"
+    config = load_config(
+        "fsq-fsdd",
+        ["data.channels=2", f"objective.adversarial={{type: adversarial, critic: {critics}}}"],
+    )
+    filled = complete(config, classes=0).objective["adversarial"]["critic"]["critics"]
+    assert [critic["channels"] for critic in filled] == [2, 1]  # what a recipe says, stands

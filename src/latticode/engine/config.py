@@ -313,7 +313,12 @@ def complete(config: RunConfig, *, classes: int, vocab: Iterable[int] = (), grid
 
 
 def _fill(spec: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    filled = {k: _fill(v, known) if isinstance(v, dict) and "type" in v else v for k, v in spec.items()}
+    def inside(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inside(one) for one in value]
+        return _fill(value, known) if isinstance(value, dict) and "type" in value else value
+
+    filled = {key: inside(value) for key, value in spec.items()}
     parameters = registry.parameters_of(registry.resolve(spec.get("type")))
     return {k: known[k] for k in known if k in parameters} | filled
 
