@@ -144,7 +144,7 @@ GROUPS = {
     ),
     "weizmann": Group(
         "weizmann-actions",
-        ("steps=450",),
+        ("steps=700",),
         {"magvit2": ("magvit2-weizmann",), "fsq": ("fsq-weizmann",)},
         columns=("bits per pixel", "PSNR", "SSIM", "temporal error", *CODES),
     ),

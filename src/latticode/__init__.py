@@ -2,6 +2,7 @@
 
 from latticode.metrics.codes import CodeStatistics
 from latticode.pretrained import load_model as load
+from latticode.priors.gpt import GPT
 from latticode.priors.maskgit import MaskGIT
 from latticode.quantizers import (
     BSQ,
@@ -26,6 +27,7 @@ from latticode.version import __version__
 __all__ = [
     "BSQ",
     "FSQ",
+    "GPT",
     "LFQ",
     "VQ",
     "ChannelDim",

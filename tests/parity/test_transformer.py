@@ -1,11 +1,16 @@
-"""The transformer against torch's own layers with the same weights."""
+"""The transformer against torch's own layers with the same weights, and decoding against the whole sequence."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from torch import nn
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from latticode.nn.rotary import grid_coordinates, rotary_table, rotated
 from latticode.nn.transformer import Attention, Block, Transformer
 
 WIDTH, HEADS, LENGTH = 24, 3, 7
@@ -83,8 +88,123 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(transformer(x), transformer(x))
 
 
+# --- rotary positions
+
+
+def test_rotation_is_that_of_the_paper():
+    """As complex numbers: pair i of a vector at position m times exp(1j m base^(-2i / E)), equations 14 and 15."""
+    x = torch.randn(2, HEADS, LENGTH, 8, dtype=torch.float64)
+    angles = torch.arange(LENGTH)[:, None] * 10000.0 ** (-2 * torch.arange(4, dtype=torch.float64) / 8)
+    turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)
+    table = rotary_table(grid_coordinates([LENGTH]), 8)
+    assert table.shape == (LENGTH, 2, 4)
+    torch.testing.assert_close(rotated(x, table), torch.view_as_real(turned).flatten(-2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [[9], [5, 4], [3, 2, 4]])
+def test_scores_depend_on_distances_along_each_axis_alone(grid: list[int]):
+    cells = grid_coordinates(grid)
+    assert [tuple(cell) for cell in cells.tolist()] == [tuple(i) for i in torch.ones(grid).nonzero().tolist()]
+    q, k = torch.randn(2, 12)
+
+    def scores(coordinates: Tensor) -> Tensor:
+        table = rotary_table(coordinates, 12)
+        a, b = (rotated(v.expand(1, 1, len(cells), 12), table)[0, 0] for v in (q, k))
+        return a @ b.T
+
+    here = scores(cells)
+    torch.testing.assert_close(scores(cells + torch.arange(7, 7 + len(grid))), here, atol=1e-4, rtol=1e-4)
+    offsets = cells[:, None] - cells
+    for i, j in [(0, 1), (1, 0), (2, 1)]:
+        same = (offsets == offsets[i, j]).all(-1)
+        torch.testing.assert_close(here[same], here[i, j].expand(int(same.sum())), atol=1e-5, rtol=1e-5)
+    assert len((here / 1e-4).round().unique()) > 0.9 * len(offsets.flatten(0, 1).unique(dim=0))
+
+
+def test_pairs_must_divide_among_the_axes():
+    with pytest.raises(ValueError, match=r"head width divisible by 4 \(2 per axis\), got 6"):
+        rotary_table(grid_coordinates([3, 3]), 6)
+
+
+def test_llama_block_equals_its_formula():
+    block = Block(WIDTH, HEADS, 3.0, style="llama")
+    randomise(block)
+    assert [name for name, _ in block.named_parameters() if name.endswith("bias")] == []
+    x, table = torch.randn(2, LENGTH, WIDTH), rotary_table(grid_coordinates([LENGTH]), WIDTH // HEADS)
+
+    def norm(v: Tensor, weight: Tensor) -> Tensor:
+        return v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    q, k, v = block.attention.qkv(norm(x, block.norm1.weight)).view(2, LENGTH, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    scores = rotated(q, table) @ rotated(k, table).mT / (WIDTH // HEADS) ** 0.5
+    scores = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf)
+    y = x + block.attention.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    normed = norm(y, block.norm2.weight)
+    expected = y + block.mlp.down(F.silu(block.mlp.gate(normed)) * block.mlp.up(normed))
+    torch.testing.assert_close(block(x, is_causal=True, rotary=table), expected, atol=1e-5, rtol=1e-5)
+    assert block.mlp.up.out_features == 2 * WIDTH, "2 / 3 of 3 times the width"
+
+
+# --- decoding
+
+
+def steps_of(*sizes: int) -> Iterator[Tensor]:
+    yield from torch.arange(sum(sizes)).split(sizes)
+
+
+@pytest.mark.parametrize("style", ["gpt", "llama"])
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("sizes", [(1,) * LENGTH, (4, 1, 2), (LENGTH,)])
+def test_steps_equal_the_whole_sequence(style: str, rotary: bool, sizes: tuple[int, ...]):
+    transformer = Transformer(WIDTH, depth=3, heads=HEADS, style=style).eval()
+    randomise(transformer)
+    x = torch.randn(2, LENGTH, WIDTH)
+    table = rotary_table(grid_coordinates([LENGTH + 2]), WIDTH // HEADS) if rotary else None
+    with torch.no_grad():
+        expected = transformer(x, is_causal=True, rotary=table)
+        cache = transformer.cache(2, LENGTH + 2)  # a longer one than is needed
+        assert cache.shape == (3, 2, 2, HEADS, LENGTH + 2, WIDTH // HEADS)
+        got = torch.cat([transformer.step(x[:, at], cache, at, table) for at in steps_of(*sizes)], dim=1)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert (cache[..., LENGTH:, :] == 0).all()
+    assert (cache[..., :LENGTH, :] != 0).all()
+
+
+def test_a_step_looks_at_nothing_ahead():
+    """What an earlier sequence has left in the cache behind the present position is not seen, to the bit."""
+    transformer = Transformer(WIDTH, depth=2, heads=HEADS).eval()
+    x, first = torch.randn(2, 3, WIDTH), torch.arange(3)
+    with torch.no_grad():
+        clean, used = transformer.cache(2, LENGTH), transformer.cache(2, LENGTH).normal_()
+        assert torch.equal(transformer.step(x, clean, first), transformer.step(x, used, first))
+
+
+def test_a_sequence_is_decoded_by_one_compiled_graph():
+    transformer = Transformer(WIDTH, depth=2, heads=HEADS).eval()
+    table = rotary_table(grid_coordinates([LENGTH]), WIDTH // HEADS)
+    graphs = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(transformer.step, backend=graphs, fullgraph=True)
+    x = torch.randn(2, LENGTH, WIDTH)
+    with torch.no_grad():
+        cache = transformer.cache(2, LENGTH)
+        got = torch.cat([step(x[:, at], cache, at, table) for at in steps_of(*[1] * LENGTH)], dim=1)
+        torch.testing.assert_close(got, transformer(x, is_causal=True, rotary=table), atol=1e-5, rtol=1e-5)
+    assert graphs.frame_count == 1
+
+
+def test_decoding_works_in_half_precision():
+    transformer = Transformer(WIDTH, depth=2, heads=HEADS).eval()
+    table = rotary_table(grid_coordinates([LENGTH]), WIDTH // HEADS)
+    x, cache = torch.randn(2, LENGTH, WIDTH), transformer.cache(2, LENGTH)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = torch.cat([transformer.step(x[:, at], cache, at, table) for at in steps_of(3, 4)], dim=1)
+    torch.testing.assert_close(got.float(), transformer(x, is_causal=True, rotary=table), atol=0.1, rtol=0.05)
+
+
 def test_bad_sizes_are_named():
     with pytest.raises(ValueError, match="width 24 and heads 5"):
         Attention(24, 5)
     with pytest.raises(ValueError, match="depth must be >= 1, got 0"):
         Transformer(24, 0, 3)
+    with pytest.raises(ValueError, match="unknown style 'bert' of a transformer; valid: gpt, llama"):
+        Transformer(24, 1, 3, style="bert")

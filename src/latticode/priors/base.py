@@ -102,6 +102,18 @@ class Prior(Pretrained, ABC):
                 raise ValueError(f"label {bad} is not valid; valid: {valid}")
         return labels
 
+    def known_codes(self, count: int, known: Tensor | None) -> Tensor:
+        """`known` (count, *grid, K) on the prior's device, -1 where to generate: everywhere if it is None.
+
+        Raises ValueError for another shape or number, or codes outside [-1, vocab).
+        """
+        if known is None:
+            return torch.full((count, *self.grid, len(self.vocab)), -1, device=self.device)
+        if len(known) != count:
+            raise ValueError(f"expected known codes of {count} images, got {len(known)}")
+        self.check_codes(known, lowest=-1)
+        return known.to(self.device, torch.int64)
+
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Eval mode and no gradients inside; the mode is restored after."""

@@ -121,8 +121,9 @@ class MaskGIT(Prior):
         """
         check_sampling(sampling)
         labels = self.labels_of(cond, count)
-        tokens = self._start(count, known)
-        unknown = tokens == self.mask_token
+        tokens = self.known_codes(count, known).flatten(1)
+        unknown = tokens < 0
+        tokens = tokens.masked_fill(unknown, self.mask_token)
         plans = [remask_counts(n, sampling.steps, sampling.schedule) for n in unknown.sum(1).tolist()]
         passes = max(map(len, plans), default=0)
         most = min(sampling.steps, self.positions)  # not `passes`: a row's noise must not depend on the other rows
@@ -155,16 +156,6 @@ class MaskGIT(Prior):
                 total += nats.view(len(codes), len(group)).sum(1) / math.log(2)
                 tokens = torch.where(at, codes_BN, tokens)
         return total
-
-    def _start(self, count: int, known: Tensor | None) -> Tensor:
-        """Tokens (count, N): the known codes, MASK elsewhere."""
-        if known is None:
-            return torch.full((count, self.positions), self.mask_token, device=self.device)
-        if len(known) != count:
-            raise ValueError(f"expected known codes of {count} images, got {len(known)}")
-        self.check_codes(known, lowest=-1)
-        tokens = known.to(self.device, torch.int64).flatten(1)
-        return tokens.masked_fill(tokens < 0, self.mask_token)
 
     def _fill(
         self, tokens: Tensor, unknown: Tensor, labels: Tensor, u: Tensor, sampling: Sampling

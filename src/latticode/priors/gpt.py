@@ -1,0 +1,202 @@
+"""Autoregression over codes in raster order: VQGAN's GPT (2012.09841), VIM (2110.04627), LlamaGen (2406.06525), and
+RQ-Transformer (2203.01941) with several symbols per position.
+
+B batch, N positions, K codes of a position, S symbols of a position, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latticode.nn.rotary import grid_coordinates, rotary_table
+from latticode.nn.transformer import Transformer
+from latticode.priors.base import DEFAULT, Prior, check_sampling, draw, filtered, guided, uniforms
+from latticode.priors.symbols import Digits, Joint, Sequential
+from latticode.types import Conditioning, Sampling
+
+PLACES = ("learned", "rotary", "axial")
+
+
+class GPT(Prior):
+    """A causal transformer reads the class, then position by position, and predicts the symbols of the next one.
+
+    The input of a position is the sum of its symbols' embeddings. RQ-Transformer over a residual quantizer with one
+    codebook is `GPT(vocab, grid, depth=24, inner_depth=4, shared=True)`; a code of a large vocabulary becomes small
+    symbols with `digits`, so that 2^18 codes cost two softmaxes over 512.
+
+    Args:
+        vocab: the number of codes of each of the K code slots.
+        grid: positions along each axis.
+        classes: 0 = unconditional.
+        width, depth, heads, mlp: of the transformer; `mlp` is hidden width over width.
+        dropout: on the embeddings and on each branch.
+        label_dropout: probability that training hides the label, for guidance.
+        places: how positions are told apart. "learned": a vector is added to each; "rotary": queries and keys are
+            turned by the place in the sequence; "axial": by the coordinates in the grid.
+        style: "gpt" or "llama", of the blocks (`latticode.nn.transformer.Block`).
+        digits: sizes of the digits into which each code is split, first digit fastest, or None for whole codes; they
+            must multiply to each entry of `vocab`. FSQ's levels or powers of 2 for groups of LFQ's bits.
+        inner_depth: blocks of the transformer that predicts the symbols of a position one after another; 0: they are
+            independent given the past, one linear head each.
+        shared: one embedding and one head for all symbols of a position, which must have equal sizes.
+    """
+
+    rotary: Tensor | None
+    offsets: Tensor
+
+    def __init__(
+        self,
+        vocab: Sequence[int],
+        grid: Sequence[int],
+        classes: int = 0,
+        width: int = 256,
+        depth: int = 6,
+        heads: int = 8,
+        mlp: float = 4.0,
+        dropout: float = 0.1,
+        label_dropout: float = 0.1,
+        places: str = "learned",
+        style: str = "gpt",
+        digits: Sequence[int] | None = None,
+        inner_depth: int = 0,
+        shared: bool = False,
+    ) -> None:
+        super().__init__(vocab, grid, classes)
+        for name, value in {"dropout": dropout, "label_dropout": label_dropout}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if places not in PLACES:
+            raise ValueError(f"unknown places {places!r}; valid: {', '.join(PLACES)}")
+        if inner_depth < 0:
+            raise ValueError(f"inner_depth must be >= 0 (0 = symbols are independent), got {inner_depth}")
+        self.width, self.depth, self.heads, self.mlp = width, depth, heads, mlp
+        self.dropout, self.label_dropout = dropout, label_dropout
+        self.places, self.style = places, style
+        self.digits = None if digits is None else list(digits)
+        self.inner_depth, self.shared = inner_depth, shared
+        self.symbols = Digits(self.vocab, self.digits)
+        sizes = self.symbols.sizes
+        if shared and (len(set(sizes)) > 1 or not inner_depth):
+            raise ValueError(f"shared needs symbols of one size and inner_depth >= 1, got {sizes} and {inner_depth}")
+
+        self.label = nn.Embedding(self.classes + 1, width)  # the last is 'no label'
+        self.embedding = nn.Embedding(max(sizes) if shared else sum(sizes), width)
+        starts = torch.zeros(len(sizes)) if shared else torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        self.register_buffer("offsets", starts.long(), persistent=False)
+        self.place = nn.Parameter(torch.empty(self.positions, width)) if places == "learned" else None
+        self.register_buffer("rotary", self._rotary(), persistent=False)
+        self.drop = nn.Dropout(dropout)
+        self.transformer = Transformer(width, depth, heads, mlp, dropout, style)
+        inner = (width, inner_depth, heads, mlp, dropout, style, shared)
+        self.head = Sequential(sizes, *inner) if inner_depth else Joint(sizes, width)
+        nn.init.normal_(self.label.weight, std=width**-0.5)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        if self.place is not None:
+            nn.init.normal_(self.place, std=width**-0.5)
+
+    def logits(self, symbols_BNS: Tensor, labels_B: Tensor) -> list[Tensor]:
+        """Logits (B, N, size) of each of the S symbols of every position, given all that stands before it.
+
+        `symbols_BNS` are known symbols of the first N positions, which may be fewer than the grid has.
+        """
+        embedded_BNSD = self.embedding(symbols_BNS + self.offsets)
+        context_BND = self.context(embedded_BNSD[:, :-1].sum(2), labels_B)
+        flat = self.head(context_BND.flatten(0, 1), embedded_BNSD.flatten(0, 1))
+        return [logits.unflatten(0, symbols_BNS.shape[:2]) for logits in flat]
+
+    def context(self, x_BND: Tensor, labels_B: Tensor) -> Tensor:
+        """What the transformer makes of the class and of the embeddings of the first positions: (B, 1 + N, D)."""
+        x_BND = torch.cat([self._start(labels_B), x_BND], dim=1)
+        places = torch.arange(x_BND.shape[1], device=x_BND.device)
+        return self.transformer(self._placed(x_BND, places), is_causal=True, rotary=self.rotary)
+
+    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
+        """`cross_entropy`: nats per symbol of `codes` (B, *grid, K)."""
+        self.check_codes(codes)
+        labels = self.labels_of(cond, len(codes))
+        hidden = torch.rand(len(codes), device=codes.device) < self.label_dropout
+        return {"cross_entropy": self._nats(codes, labels.masked_fill(hidden, -1)).mean()}
+
+    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """-log2 p (B,) of each image of `codes` (B, *grid, K), in one forward pass."""
+        self.check_codes(codes)
+        labels = self.labels_of(cond, len(codes))
+        with self.inference():
+            return self._nats(codes, labels).sum((1, 2)) / math.log(2)
+
+    def sample(
+        self,
+        count: int,
+        cond: Conditioning | None = None,
+        *,
+        sampling: Sampling = DEFAULT,
+        seed: int = 0,
+        first: int = 0,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Codes (count, *grid, K): one pass over one position for each, twice as wide under guidance.
+
+        Of `sampling`, `steps`, `noise` and `schedule` have no meaning here; temperature, top-k and top-p act on each
+        symbol. Known codes are kept and the others drawn given all that stands before them: an image prompt. What is
+        known behind a position does not inform it, as in any autoregression.
+        """
+        check_sampling(sampling)
+        labels = self.labels_of(cond, count)
+        symbols_BNS = self.symbols.split(self.known_codes(count, known)).flatten(1, -2)
+        known_BNS = symbols_BNS >= 0
+        noise = uniforms(symbols_BNS.shape[1:], seed, first, count).to(self.device)
+        copies = 2 if sampling.guidance and bool((labels >= 0).any()) else 1
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+        def choose(n: int, slot: int, logits: Tensor) -> Tensor:
+            logits = logits.float()
+            if copies == 2:
+                conditional, unconditional = logits.chunk(2)
+                logits = guided(conditional, unconditional, sampling.guidance)
+            finite.logical_and_(logits.isfinite().all())  # looked at once in the end: no waiting for a device here
+            drawn = draw(filtered(logits, sampling), noise[:, n, slot]).clamp(max=logits.shape[-1] - 1)  # of NaN too
+            symbols_BNS[:, n, slot] = torch.where(known_BNS[:, n, slot], symbols_BNS[:, n, slot], drawn)
+            return self.embedding(symbols_BNS[:, n, slot] + self.offsets[slot]).repeat(copies, 1)
+
+        with self.inference():
+            places = torch.arange(self.positions, device=self.device)
+            cache = self.transformer.cache(copies * count, self.positions)
+            ready = int(known_BNS.all(2).all(0).long().cumprod(0).sum())  # first positions that no image has open
+            prompt = self.embedding(symbols_BNS[:, :ready] + self.offsets).sum(2).repeat(copies, 1, 1)
+            rows = torch.cat([labels, torch.full_like(labels, -1)][:copies])
+            x_BMD = torch.cat([self._start(rows), prompt], dim=1)
+            for n in range(ready, self.positions):
+                at = places[n + 1 - x_BMD.shape[1] : n + 1]
+                context_BMD = self.transformer.step(self._placed(x_BMD, at), cache, at, self.rotary)
+                x_BMD = self.head.generate(context_BMD[:, -1], partial(choose, n))[:, None]
+        if not bool(finite):
+            raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
+        return self.symbols.join(symbols_BNS).view(count, *self.grid, len(self.vocab))
+
+    def _nats(self, codes: Tensor, labels_B: Tensor) -> Tensor:
+        """-log p (B, N, S) of each symbol given those before."""
+        symbols_BNS = self.symbols.split(codes).flatten(1, -2)
+        logits = self.logits(symbols_BNS, labels_B)
+        pairs = zip(logits, symbols_BNS.unbind(-1), strict=True)
+        return torch.stack([F.cross_entropy(p.float().mT, s, reduction="none") for p, s in pairs], dim=-1)
+
+    def _start(self, labels_B: Tensor) -> Tensor:
+        """The first token (B, 1, D)."""
+        return self.label(torch.where(labels_B < 0, self.classes, labels_B))[:, None]
+
+    def _placed(self, x_BMD: Tensor, at_M: Tensor) -> Tensor:
+        """The transformer's input, given that the tokens `x_BMD` predict the positions `at_M`."""
+        return self.drop(x_BMD if self.place is None else x_BMD + self.place[at_M])
+
+    def _rotary(self) -> Tensor | None:
+        """The class stands at 0, the codes from 1 on along each axis: only distances between codes matter."""
+        if self.places == "learned":
+            return None
+        cells = grid_coordinates(self.grid if self.places == "axial" else [self.positions])[:-1] + 1
+        return rotary_table(F.pad(cells, (0, 0, 1, 0)), self.width // self.heads)
