@@ -74,7 +74,7 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
     "STFT distance": lambda r: f"{r['stft_distance']:.3f}",
     "codes per example": lambda r: f"{r['codes']:.0f}",
     "bits per code": lambda r: f"{r['bits']:.2f}",
-    "usage": lambda r: f"{100 * r['usage']:.1f} %",
+    "usage": lambda r: f"{100 * r['usage']:.1f} %" if r["bits"] < 24 else "-",  # more codes than tokens to use them
     "perplexity": lambda r: f"{r['perplexity']:.0f}",
     "parameters": lambda r: f"{r['parameters'] / 1e6:.2f} M",
     "examples/s": lambda r: f"{r['speed']:.0f}",
@@ -189,16 +189,21 @@ def table(name: Name, data: Data = Path("data"), out: Out = Path("runs/systems")
     group, folder = GROUPS[name], out / name
     done = [row for row in group.rows if (folder / row / "run.json").is_file()]
     results = {row: score(folder / row, group, data) for row in done}
-    print("|".join(["", "", *group.columns, ""]) + "\n|" + "---|" * (1 + len(group.columns)))
+    print(line("system", *group.columns) + "\n" + line(*["---"] * (1 + len(group.columns))))
     for row, result in results.items():
-        print("|".join(["", row, *(COLUMNS[column](result) for column in group.columns), ""]))
+        print(line(row, *(COLUMNS[column](result) for column in group.columns)))
     for row, result in results.items():
         if result["prefixes"]:
             values = ", ".join(f"{value:.2f}" for value in result["prefixes"])
-            print(f"\n{row}, PSNR of the first codes of each position: {values}")
-    rows = [example(folder / row) for row in done]
-    pictures = np.concatenate([rows[0][0], *(shown for _, shown in rows)])
-    save_png(out / f"{name}.png", grid_image(pictures, len(rows[0][0])))
+            print(f"\n{row}, dB from the first 1, 2, ... codes of each position: {values}")
+    pictures = [example(folder / row) for row in done]
+    columns = pictures[0][2]  # that fit side by side
+    rows = [pictures[0][0], *(restored for _, restored, _ in pictures)]
+    save_png(out / f"{name}.png", grid_image(np.concatenate([row[:columns] for row in rows]), columns))
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def score(run: Path, group: Group, data: Path) -> Result:
@@ -227,24 +232,26 @@ def score(run: Path, group: Group, data: Path) -> Result:
 
 
 def prefixes(run: Path, tokenizer: Any, batch: Tensor) -> list[float]:
-    """PSNR of `batch` decoded from the first 1, 2, ... codes of each position."""
+    """PSNR, or SI-SDR of sound, of `batch` decoded from the first 1, 2, ... codes of each position."""
     found = []
     with torch.inference_mode():
         codes = tokenizer.encode(batch)
         for n in range(1, codes.shape[-1] + 1):
             metrics = metrics_of(read_run(run).data.preprocess())
             metrics.update(batch, tokenizer.decode(codes[..., :n], batch.shape[2:]))
-            found.append(metrics.compute().get("psnr", torch.nan))
+            result = metrics.compute()
+            found.append(result["psnr"] if "psnr" in result else result["si_sdr"])
     return found
 
 
-def example(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of held-out examples and of what the run makes of them."""
+def example(run: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    """Pictures of held-out examples, of what the run makes of them, and how many fit side by side."""
     config, tokenizer = runs.open_tokenizer(run)
     batch = held_out(run, SHOWN)
     with torch.inference_mode():
         output = tokenizer(batch).output
-    return tuple(preview(values, config.data.preprocess())[0] for values in (batch, output))  # type: ignore[return-value]
+    originals, columns = preview(batch, config.data.preprocess())
+    return originals, preview(output, config.data.preprocess())[0], columns
 
 
 def held_out(run: Path, count: int) -> Tensor:
