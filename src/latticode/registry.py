@@ -53,6 +53,8 @@ TABLE: dict[str, str | type[nn.Module]] = {
     "palette": "latticode.tokenizer:Palette",
     "gpt": "latticode.priors.gpt:GPT",
     "maskgit": "latticode.priors.maskgit:MaskGIT",
+    "pixelcnn": "latticode.priors.pixelcnn:PixelCNN",
+    "two_level": "latticode.priors.pixelcnn:TwoLevel",
     "classifier": "latticode.metrics.classifier:Classifier",
     # critics and perceptual distances
     "patch_critic": "latticode.nn.critic:PatchCritic",

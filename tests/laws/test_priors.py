@@ -14,6 +14,7 @@ from latticode.priors.base import Prior, check_sampling, draw, filtered, guided,
 from latticode.types import Conditioning, Sampling
 
 SMALL = {"width": 16, "depth": 2, "heads": 2}
+TWO_LEVEL = {**SMALL, "attention": 1, "bottom_width": 16, "bottom_depth": 2}
 GPT = {"type": "gpt", "grid": [4, 3], **SMALL}
 CASES: dict[str, dict[str, Any]] = {
     "gpt": {**GPT, "vocab": [7]},
@@ -31,6 +32,11 @@ CASES: dict[str, dict[str, Any]] = {
     "maskgit-classes": {"type": "maskgit", "vocab": [7], "grid": [4, 3], "classes": 3, **SMALL},
     "maskgit-line": {"type": "maskgit", "vocab": [5], "grid": [9], "classes": 2, **SMALL},
     "maskgit-video": {"type": "maskgit", "vocab": [5], "grid": [2, 3, 2], **SMALL},
+    "pixelcnn": {"type": "pixelcnn", "vocab": [7], "grid": [4, 3], **SMALL},
+    "pixelcnn-classes": {"type": "pixelcnn", "vocab": [7], "grid": [4, 3], "classes": 3, "kernel": 5, **SMALL},
+    "pixelsnail": {"type": "pixelcnn", "vocab": [7], "grid": [4, 3], "classes": 3, "attention": 1, **SMALL},
+    "two-level": {"type": "two_level", "vocab": [5, 7, 7, 7, 7], "grid": [2, 3], **TWO_LEVEL},
+    "two-level-classes": {"type": "two_level", "vocab": [7] * 10, "grid": [2, 2], "classes": 3, **TWO_LEVEL},
 }
 every_prior = pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
 

@@ -1,0 +1,272 @@
+"""Convolutional autoregression in raster order: gated PixelCNN (1606.05328), PixelSNAIL (1712.09763) and the two-level
+prior of VQ-VAE-2 (1906.00446).
+
+B batch, D width, C codes, H rows, W columns, N = H W positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latticode.nn.masked import RasterNetwork, initialise_convolution
+from latticode.priors.base import DEFAULT, Prior, check_sampling, draw, filtered, guided, uniforms
+from latticode.types import Conditioning, Sampling
+
+
+class PixelCNN(Prior):
+    """A gated PixelCNN; with `attention` it is a PixelSNAIL, the top prior of VQ-VAE-2.
+
+    Args:
+        vocab: [C]; other quantizers than those with one code per position need another prior, those of two grids
+            `TwoLevel`.
+        grid: rows and columns; one axis is one row, above which the vertical stack finds nothing to see.
+        classes: 0 = unconditional.
+        width, depth, kernel: of the gated layers. Without attention a position sees r + 1 rows up, r columns to either
+            side in those and r + 1 to the left in its own, r = depth * (kernel // 2): the depth must fit the grid.
+        attention: causal attention after every that many layers; 0 = none.
+        heads: of the attention.
+        dropout: on each branch.
+        label_dropout: probability that training hides the label, for guidance.
+    """
+
+    def __init__(
+        self,
+        vocab: Sequence[int],
+        grid: Sequence[int],
+        classes: int = 0,
+        width: int = 128,
+        depth: int = 8,
+        kernel: int = 3,
+        attention: int = 0,
+        heads: int = 4,
+        dropout: float = 0.1,
+        label_dropout: float = 0.1,
+    ) -> None:
+        super().__init__(vocab, grid, classes)
+        if len(self.vocab) != 1:
+            raise ValueError(f"PixelCNN models one code per position, got {len(self.vocab)} (vocab {self.vocab})")
+        if len(self.grid) > 2:
+            raise ValueError(f"PixelCNN models grids of one or two axes, got {len(self.grid)} (grid {self.grid})")
+        check_label_dropout(label_dropout)
+        self.width, self.depth, self.kernel = width, depth, kernel
+        self.attention, self.heads = attention, heads
+        self.dropout, self.label_dropout = dropout, label_dropout
+        self.plane = (1, *self.grid)[-2], self.grid[-1]
+        self.network = RasterNetwork(
+            self.vocab[0], self.plane, self.classes, width, depth, kernel, attention, heads, dropout
+        )
+
+    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
+        """`cross_entropy`: nats per position of `codes` (B, *grid, 1)."""
+        self.check_codes(codes)
+        labels = hidden(self.labels_of(cond, len(codes)), self.label_dropout)
+        return {"cross_entropy": self._nats(codes, labels).mean()}
+
+    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """-log2 p (B,) of each image of `codes` (B, *grid, 1), in one forward pass."""
+        self.check_codes(codes)
+        labels = self.labels_of(cond, len(codes))
+        with self.inference():
+            return self._nats(codes, labels).sum((1, 2)) / math.log(2)
+
+    def sample(
+        self,
+        count: int,
+        cond: Conditioning | None = None,
+        *,
+        sampling: Sampling = DEFAULT,
+        seed: int = 0,
+        first: int = 0,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Codes (count, *grid, 1), by one forward pass for each position, twice as wide under guidance.
+
+        Of `sampling`, `steps`, `noise` and `schedule` have no meaning here. Known codes are kept, and inform only what
+        comes after them.
+        """
+        check_sampling(sampling)
+        labels = self.labels_of(cond, count)
+        start = self.known_codes(count, known).view(count, *self.plane)
+        noise = uniforms((self.positions,), seed, first, count).to(self.device)
+        with self.inference():
+            condition = self.network.condition(branches(labels, sampling))
+            return generate(self.network, start, condition, noise, sampling).view(count, *self.grid, 1)
+
+    def _nats(self, codes: Tensor, labels: Tensor) -> Tensor:
+        return nats(self.network, codes.reshape(-1, *self.plane), self.network.condition(labels))
+
+
+class TwoLevel(Prior):
+    """VQ-VAE-2's prior over the packed codes of a `HierarchicalTokenizer` of two grids (1906.00446, section 3.2).
+
+    The codes (B, h, w, 1 + r r) hold at each position the code of the top grid and those of the r x r positions of the
+    bottom grid inside it, row-major. The top is a PixelSNAIL; the bottom, on the (h r, w r) grid, a PixelCNN that is
+    told the label and, by convolutions, all top codes. As in the paper it has no attention, whose cost grows with the
+    fourth power of a grid's side, and the top codes already tell it of the whole image.
+
+    Args:
+        vocab: [C_top, C_bottom, ..., C_bottom], 1 + r r of them.
+        grid: rows and columns of the top grid.
+        classes: 0 = unconditional.
+        width, depth, kernel, attention, heads: of the top, as for `PixelCNN`.
+        bottom_width, bottom_depth: of the bottom, which has the same kernel.
+        dropout, label_dropout: of both; a hidden label is hidden from both.
+    """
+
+    def __init__(
+        self,
+        vocab: Sequence[int],
+        grid: Sequence[int],
+        classes: int = 0,
+        width: int = 128,
+        depth: int = 8,
+        kernel: int = 3,
+        attention: int = 4,
+        heads: int = 4,
+        bottom_width: int = 128,
+        bottom_depth: int = 8,
+        dropout: float = 0.1,
+        label_dropout: float = 0.1,
+    ) -> None:
+        super().__init__(vocab, grid, classes)
+        self.ratio = math.isqrt(len(self.vocab) - 1)  # r
+        if self.ratio < 1 or self.ratio**2 != len(self.vocab) - 1 or len(set(self.vocab[1:])) > 1:
+            raise ValueError(
+                f"TwoLevel models codes of sizes [top, bottom * r * r], got {len(self.vocab)}: {self.vocab}"
+            )
+        if len(self.grid) != 2:
+            raise ValueError(f"TwoLevel models grids of two axes, got {len(self.grid)} (grid {self.grid})")
+        check_label_dropout(label_dropout)
+        self.width, self.depth, self.kernel, self.attention, self.heads = width, depth, kernel, attention, heads
+        self.bottom_width, self.bottom_depth = bottom_width, bottom_depth
+        self.dropout, self.label_dropout = dropout, label_dropout
+        rows, columns = self.grid
+        fine = rows * self.ratio, columns * self.ratio
+        self.top = RasterNetwork(
+            self.vocab[0], (rows, columns), self.classes, width, depth, kernel, attention, heads, dropout
+        )
+        self.bottom = RasterNetwork(
+            self.vocab[1], fine, self.classes, bottom_width, bottom_depth, kernel, dropout=dropout
+        )
+        self.embedding = nn.Embedding(self.vocab[0], bottom_width)
+        self.upsample = nn.Sequential(
+            nn.Conv2d(bottom_width, bottom_width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(bottom_width, bottom_width * self.ratio**2, 3, padding=1),  # each position in a cell has its own
+            nn.PixelShuffle(self.ratio),
+        )
+        self.upsample.apply(initialise_convolution)
+
+    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
+        """`top_cross_entropy` and, of the bottom, `cross_entropy`: nats per code of that level."""
+        self.check_codes(codes)
+        labels = hidden(self.labels_of(cond, len(codes)), self.label_dropout)
+        top, bottom = self._nats(codes, labels)
+        return {"top_cross_entropy": top.mean(), "cross_entropy": bottom.mean()}
+
+    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """-log2 p (B,) of each image of `codes` (B, h, w, 1 + r r): of its top codes, and of the others given those."""
+        self.check_codes(codes)
+        labels = self.labels_of(cond, len(codes))
+        with self.inference():
+            top, bottom = self._nats(codes, labels)
+            return (top.sum((1, 2)) + bottom.sum((1, 2))) / math.log(2)
+
+    def sample(
+        self,
+        count: int,
+        cond: Conditioning | None = None,
+        *,
+        sampling: Sampling = DEFAULT,
+        seed: int = 0,
+        first: int = 0,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Codes (count, h, w, 1 + r r): first the top, then the bottom, each as `PixelCNN.sample`.
+
+        Known codes of the bottom do not inform the top.
+        """
+        check_sampling(sampling)
+        labels = self.labels_of(cond, count)
+        known_top, known_bottom = unpacked(self.known_codes(count, known), self.ratio)
+        noise = uniforms((self.positions * len(self.vocab),), seed, first, count).to(self.device)
+        with self.inference():
+            rows = branches(labels, sampling)
+            at_top, at_bottom = noise[:, : self.positions], noise[:, self.positions :]
+            top = generate(self.top, known_top, self.top.condition(rows), at_top, sampling)
+            given = self._condition(top.repeat(len(rows) // max(count, 1), 1, 1), rows)
+            return packed(top, generate(self.bottom, known_bottom, given, at_bottom, sampling), self.ratio)
+
+    def _nats(self, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p of each code, level by level: (B, h, w) and (B, h r, w r)."""
+        top, bottom = unpacked(codes, self.ratio)
+        return (
+            nats(self.top, top, self.top.condition(labels)),
+            nats(self.bottom, bottom, self._condition(top, labels)),
+        )
+
+    def _condition(self, top: Tensor, labels: Tensor) -> Tensor:
+        """What the bottom is told (B, D, h r, w r)."""
+        return self.bottom.condition(labels) + self.upsample(self.embedding(top).movedim(-1, 1))
+
+
+def unpacked(codes: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+    """The top grid (B, h, w) and the bottom grid (B, h r, w r) of `codes` (B, h, w, 1 + r r)."""
+    cells = codes[..., 1:].unflatten(-1, (ratio, ratio))  # (B, h, w, r, r)
+    return codes[..., 0], cells.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def packed(top: Tensor, bottom: Tensor, ratio: int) -> Tensor:
+    """The inverse of `unpacked`."""
+    cells = bottom.unflatten(2, (-1, ratio)).unflatten(1, (-1, ratio)).transpose(2, 3)  # (B, h, w, r, r)
+    return torch.cat([top[..., None], cells.flatten(3)], dim=-1)
+
+
+def nats(network: RasterNetwork, codes: Tensor, condition: Tensor) -> Tensor:
+    """-log p (B, H, W) of each of `codes` (B, H, W) given those before."""
+    return F.cross_entropy(network(codes, condition).float(), codes, reduction="none")
+
+
+def generate(network: RasterNetwork, known: Tensor, condition: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
+    """Codes (B, H, W): `known` with a draw at each -1, from the uniform `noise` (B, N).
+
+    One forward pass for each position that is open in any image, over all rows down to its own, on average half of the
+    plane; nothing is kept from pass to pass. `condition` has B rows, or 2 B, those without label behind, to be guided.
+    """
+    codes = known.clamp(min=0)  # what is open is not looked at before it is drawn
+    copies = len(condition) // max(len(codes), 1)
+    finite = torch.ones((), dtype=torch.bool, device=codes.device)
+    for n in (known < 0).any(0).flatten().nonzero().flatten().tolist():
+        i, j = divmod(n, network.plane[1])
+        rows = condition if condition.shape[2] == 1 else condition[:, :, : i + 1]
+        logits = network(codes[:, : i + 1].repeat(copies, 1, 1), rows)[:, :, i, j].float()
+        if copies == 2:
+            conditional, unconditional = logits.chunk(2)
+            logits = guided(conditional, unconditional, sampling.guidance)
+        finite.logical_and_(logits.isfinite().all())  # looked at once in the end: no waiting for a device here
+        drawn = draw(filtered(logits, sampling), noise[:, n]).clamp(max=logits.shape[-1] - 1)  # of NaN too
+        codes[:, i, j] = torch.where(known[:, i, j] < 0, drawn, codes[:, i, j])
+    if not bool(finite):
+        raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
+    return codes
+
+
+def check_label_dropout(value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"label_dropout must be in [0, 1), got {value}")
+
+
+def hidden(labels: Tensor, rate: float) -> Tensor:
+    """`labels` (B,), each replaced by -1 with probability `rate`."""
+    return labels.masked_fill(torch.rand(len(labels), device=labels.device) < rate, -1)
+
+
+def branches(labels: Tensor, sampling: Sampling) -> Tensor:
+    """`labels` (B,), followed by as many -1 where guidance has something to act on."""
+    needed = sampling.guidance and bool((labels >= 0).any())
+    return torch.cat([labels, torch.full_like(labels, -1)]) if needed else labels
