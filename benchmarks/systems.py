@@ -58,6 +58,7 @@ BINARY_STAGES = "{type: residual, depth: 4, stages: {type: lfq, dim: 8}}"
 MSE = "{mse: 1.0}"
 GAN = ("objective.adversarial.start=500", "objective.perceptual.run=OUT/classifier")
 CRITICAL = "mse: 1.0, perceptual: 0.1, adversarial: 0.1, critic: 1.0, r1: 1.0"
+GENTLE = "mse: 1.0, l1: 0.2, perceptual: 0.03, adversarial: 0.1, critic: 1.0, r1: 1.0"
 
 CODES = ("codes per example", "bits per code", "usage", "perplexity", "parameters", "examples/s", "minutes")
 IMAGES = ("bits per pixel", "PSNR", "SSIM", "perceptual", "rFID", *CODES)
@@ -124,14 +125,14 @@ GROUPS = {
     ),
     "scenes64": Group(
         "scenes64",
-        ("steps=700", "objective.adversarial.start=350", "objective.perceptual.run=OUT/classifier"),
+        ("objective.perceptual.run=OUT/classifier",),
         {
             "vqgan-vq": ("vqgan-vq-scenes64",),
             "vqgan-fsq": ("vqgan-scenes64",),
             "vitvqgan": ("vitvqgan-scenes64",),
-            "vitvqgan-fsq": ("vitvqgan-scenes64", *quantizer(FSQ_13, f"{{logit_laplace: 0.1, {CRITICAL}}}")),
+            "vitvqgan-fsq": ("vitvqgan-scenes64", *quantizer(FSQ_13, f"{{logit_laplace: 0.1, {GENTLE}}}")),
             "bsq": ("bsq-scenes64",),
-            "bsq-fsq": ("bsq-scenes64", *quantizer(FSQ_18, f"{{{CRITICAL}}}")),
+            "bsq-fsq": ("bsq-scenes64", *quantizer(FSQ_18, f"{{{GENTLE}}}")),
         },
         columns=IMAGES,
         classifier=("steps=1200", "data.flip=true", "data.size=64", "data.channels=3"),
