@@ -33,7 +33,7 @@ from latticode.priors.pixelcnn import RasterNetwork
 from latticode.types import Conditioning, Sampling
 
 Result = dict[str, Any]
-SAMPLING = Sampling(guidance=1.0)
+SAMPLING = Sampling(guidance=1.0, revisions=2)
 SAMPLES, HELD_OUT = 1000, 2000
 
 
@@ -48,19 +48,19 @@ class Group:
     classifier: tuple[str, ...]
 
 
-STAGES = "{type: residual, depth: 4, stages: {type: vq, size: 256, dim: 8}}"
 SHORT = ("steps=1000",)  # of the tokenizers
 STEPS = "steps=600"  # of the priors
 GPT = ("gpt-fashion-mnist", STEPS)
 ROWS: dict[str, tuple[str, ...]] = {
     "maskgit": ("fsq", "maskgit-fashion-mnist", STEPS),
-    "mage": ("fsq", "mage-cifar10", STEPS),
+    "mage": ("fsq", "mage-cifar10", STEPS, "prior.classes=10"),
     "gpt": ("fsq", *GPT),
     "gpt-llama": ("fsq", *GPT, "prior.style=llama", "prior.places=axial"),
     "gpt-digits": ("fsq", *GPT, "prior.digits=LEVELS", "prior.inner_depth=1"),
     "pixelcnn": ("fsq", "pixelcnn-fashion-mnist", STEPS),
     "pixelsnail": ("fsq", "pixelsnail-fashion-mnist", STEPS),
-    "rq-transformer": ("rqvae", "rqtransformer-cifar10", STEPS),
+    "rq-transformer": ("rqvae", "rqtransformer-cifar10", STEPS, "prior.soft_labels=0.0"),
+    "rq-transformer-soft": ("rqvae", "rqtransformer-cifar10", STEPS),
     "contextual-rq": ("rqvae", "contextual-rq-cifar10", STEPS),
     "hq-transformer": ("hqvae", "hqtransformer-cifar10", STEPS),
     "two-level": ("vqvae2", "two-level-cifar10", STEPS),

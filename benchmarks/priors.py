@@ -1,6 +1,7 @@
 """How much faster sampling is with a cache than without, and MaskGIT's few steps than autoregression without a cache.
 
     python benchmarks/priors.py > priors.json
+    python benchmarks/priors.py --llamagen LlamaGen   # beside the sampler of a clone of FoundationVision/LlamaGen
 
 Networks of one size with random weights: no time depends on what they have learned. All ways run in one process in
 alternating rounds; a ratio is that of one round, so that what else the machine does falls out.
@@ -9,19 +10,21 @@ alternating rounds; a ratio is that of one round, so that what else the machine 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from latticode.priors import GPT, MaskGIT
 from latticode.priors.base import draw, uniforms
-from latticode.types import Sampling
+from latticode.types import Conditioning, Sampling
 
 
 def uncached(prior: GPT, count: int, seed: int) -> Tensor:
@@ -35,6 +38,21 @@ def uncached(prior: GPT, count: int, seed: int) -> Tensor:
             (logits,) = prior.head(context, context[:, None])
             codes = torch.cat([codes, draw(logits, noise[:, n])[:, None]], dim=1)
     return codes
+
+
+def llamagen(folder: Path, ours: GPT, count: int, guidance: float) -> Callable[[int], object]:
+    """The sampler of LlamaGen at `folder` around a network of the size of `ours`, with random weights too."""
+    sys.path.insert(0, str(folder))
+    generate = importlib.import_module("autoregressive.models.generate").generate
+    module = importlib.import_module("autoregressive.models.gpt")
+    sizes = {"dim": ours.width, "n_layer": ours.depth, "n_head": ours.heads, "vocab_size": ours.vocab[0]}
+    sizes |= {"num_classes": ours.classes, "block_size": ours.positions, "cls_token_num": 1, "model_type": "c2i"}
+    network = module.Transformer(module.ModelArgs(**sizes)).to(ours.device).eval()
+    torch.nn.init.normal_(network.output.weight, std=0.02)  # zeros at first
+    labels = torch.arange(count, device=ours.device)
+    return lambda seed: generate(
+        network, labels, ours.positions, cfg_scale=1 + guidance, temperature=1.0, top_k=0, top_p=1.0, sample_logits=True
+    )
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -58,6 +76,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=12, help="of MaskGIT")
+    parser.add_argument("--llamagen", type=Path, help="folder of a clone; both are then LlamaGen's kind of network")
+    parser.add_argument("--guidance", type=float, default=0.0, help="of the comparison with LlamaGen")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step too")
     options = parser.parse_args()
@@ -85,19 +105,28 @@ def main() -> None:
 
         ways["compiled"] = fast
         fast(0)  # compiles
-    ways["cached"](0), ways["maskgit"](0)  # the first call of each allocates
+    if options.llamagen:
+        llama = GPT([options.vocab], grid, 1000, places="axial", style="llama", **sizes).to(device).eval()
+        asked, sampling = Conditioning(torch.arange(count)), Sampling(guidance=options.guidance)
+        ways = {
+            "llamagen": llamagen(options.llamagen, llama, count, options.guidance),
+            "ours": lambda seed: llama.sample(count, asked, sampling=sampling, seed=seed),
+        }
+    for way in ways.values():
+        way(0)  # the first call of each allocates
 
     times: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(options.rounds):
         for name in list(ways)[:: 1 if round_ % 2 else -1]:
             times[name].append(seconds(lambda way=ways[name], seed=round_: way(seed), device))
+    slow = next(iter(times))
     ratios = {
-        f"uncached_over_{name}": spread([a / b for a, b in zip(times["uncached"], taken, strict=True)])
+        f"{slow}_over_{name}": spread([a / b for a, b in zip(times[slow], taken, strict=True)])
         for name, taken in times.items()
-        if name != "uncached"
+        if name != slow
     }
     result = {
-        "options": vars(options),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],

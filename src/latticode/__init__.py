@@ -2,6 +2,7 @@
 
 from latticode.metrics.codes import CodeStatistics
 from latticode.pretrained import load_model as load
+from latticode.priors.contextual import ContextualRQ
 from latticode.priors.gpt import GPT
 from latticode.priors.maskgit import MaskGIT
 from latticode.quantizers import (
@@ -32,6 +33,7 @@ __all__ = [
     "VQ",
     "ChannelDim",
     "CodeStatistics",
+    "ContextualRQ",
     "Grouped",
     "Gumbel",
     "Hierarchical",

@@ -6,11 +6,25 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from latticode.options import (
+    Clip,
+    DrawnAtOnce,
+    Judge,
+    KeepBest,
+    Labels,
+    Overwrite,
+    Seed,
+    TextFile,
+    Texts,
+    takes_sampling,
+)
+from latticode.types import Sampling
 
 app = typer.Typer(
     help="Images, video and audio to discrete tokens and back, and generators over the tokens.",
@@ -132,38 +146,126 @@ def decode(
 
 
 @app.command()
+@takes_sampling
 def sample(
     run: RunFolder,
+    *,
     count: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
-    label: Annotated[int | None, typer.Option(help="Class index; default: all classes in turn.")] = None,
-    guidance: Annotated[float, typer.Option(help="w in l_c + w (l_c - l_0); 0 is off.")] = 0.0,
-    steps: Annotated[int, typer.Option(min=1, help="Forward passes per image.")] = 12,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the token draw.")] = 1.0,
-    noise: Annotated[float, typer.Option(min=0.0, help="Gumbel noise on the confidences, annealed to 0.")] = 4.5,
-    schedule: Annotated[str, typer.Option(help="Of the masked fraction: cosine, arccos, linear, ...")] = "cosine",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    label: Labels = None,
+    text: Texts = None,
+    texts: TextFile = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Prompt: an image (or what else the run generates) whose beginning is kept.")
+    ] = None,
+    keep: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of --image: the fraction of the grid's rows, from the top.")
+    ] = 0.5,
+    sampling: Sampling,
+    classifier: Judge = None,
+    clip: Clip = None,
+    keep_best: KeepBest = 1.0,
+    seed: Seed = 0,
     target: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default RUN/samples.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    overwrite: Overwrite = False,
+    batch_size: DrawnAtOnce = 64,
     device: Device = "auto",
 ) -> None:
-    """Draw samples from a trained prior: single PNG files and a grid, with the settings in their metadata."""
-    from latticode import runs
-    from latticode.types import Sampling
+    """Draw samples from a trained prior: a file each, a grid, and samples.json, with the settings in all of them.
 
-    sampling = Sampling(steps=steps, temperature=temperature, noise=noise, guidance=guidance, schedule=schedule)
+    A sample depends on its seed and number alone; a folder that holds some of them with the same settings gets the
+    others. Without --label, all classes in turn.
+
+    Examples: latticode sample runs/prior --label 3 --guidance 2 --out threes
+    or: latticode sample runs/prior --image photo.png --keep 0.5 --count 16 --out completed
+    """
+    from latticode import sampling as draws
+
     target = target or run / "samples"
-    grid = runs.sample(
-        run, target, count, label=label, sampling=sampling, seed=seed, batch_size=batch_size, device=device, console=err
+    grid = draws.sample(
+        run,
+        target,
+        count,
+        labels=label or (),
+        texts=_texts(text, texts),
+        image=image,
+        keep=keep,
+        sampling=sampling,
+        classifier=classifier,
+        score=_clip(clip, device),
+        keep_best=keep_best,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        overwrite=overwrite,
+        console=err,
     )
     out.print(f"{count} samples in {target}, together in {grid}")
 
 
 @app.command()
+@takes_sampling
+def edit(
+    run: RunFolder,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="It is brought to the run's size.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder.")],
+    *,
+    mask: Annotated[Path | None, typer.Option(help="A picture of the image's size, white where to draw anew.")] = None,
+    box: Annotated[str | None, typer.Option(metavar="X,Y,WIDTH,HEIGHT", help="Draw this box anew (pixels).")] = None,
+    outpaint: Annotated[
+        str | None, typer.Option(metavar="LEFT,TOP,RIGHT,BOTTOM", help="Draw so many pixels around the image.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many variants.")] = 4,
+    label: Labels = None,
+    text: Texts = None,
+    texts: TextFile = None,
+    sampling: Sampling,
+    classifier: Judge = None,
+    clip: Clip = None,
+    keep_best: KeepBest = 1.0,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    batch_size: DrawnAtOnce = 64,
+    device: Device = "auto",
+) -> None:
+    """Draw a part of an image anew (inpainting, another class in its place) or add to its sides (outpainting).
+
+    Give one of --mask, --box and --outpaint. What is kept are the image's own pixels, but for a soft border.
+
+    Example: latticode edit runs/prior shirt.png edited --box 8,8,16,16 --label 3
+    """
+    from latticode import sampling as draws
+
+    grid = draws.edit(
+        run,
+        image,
+        target,
+        count,
+        mask=mask,
+        box=_four("--box", box),
+        outpaint=_four("--outpaint", outpaint),
+        labels=label or (),
+        texts=_texts(text, texts),
+        sampling=sampling,
+        classifier=classifier,
+        score=_clip(clip, device),
+        keep_best=keep_best,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        overwrite=overwrite,
+        console=err,
+    )
+    out.print(f"{count} variants in {target}, together with the image in {grid}")
+
+
+@app.command()
+@takes_sampling
 def evaluate(
     run: RunFolder,
     source: Annotated[
         str | None, typer.Argument(metavar="[SOURCE]", help="Default: what the run was trained on.")
     ] = None,
+    *,
     split: Annotated[Split, typer.Option(help="Part of the source to score on.")] = Split.test,
     own_size: OwnSize = False,
     tile: Tile = None,
@@ -176,17 +278,13 @@ def evaluate(
     classifier: Annotated[Path | None, typer.Option(help="Classifier run that judges the samples' labels.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples drawn from a prior.")] = 1000,
     limit: Annotated[int | None, typer.Option(min=1, help="Score on the first N images only.")] = None,
-    guidance: Annotated[float, typer.Option(help="Of the samples.")] = 0.0,
-    steps: Annotated[int, typer.Option(min=1, help="Of the samples.")] = 12,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the samples.")] = 1.0,
-    noise: Annotated[float, typer.Option(min=0.0, help="Of the samples.")] = 4.5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    sampling: Sampling,
+    seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Score a run on held-out images; writes RUN/evaluation.json, with its protocol, and RUN/report.html."""
     from latticode import runs
-    from latticode.report import write_report
-    from latticode.types import Sampling
+    from latticode.report import cell, write_report
 
     result = runs.evaluate(
         run,
@@ -199,7 +297,7 @@ def evaluate(
         classifier=classifier,
         samples=samples,
         limit=limit,
-        sampling=Sampling(steps=steps, temperature=temperature, noise=noise, guidance=guidance),
+        sampling=sampling,
         seed=seed,
         device=device,
         console=err,
@@ -208,7 +306,72 @@ def evaluate(
     for name, value in result.items():
         if isinstance(value, int | float):
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    for name, values in result.get("scores", {}).items():  # of a dense task, by how the code came about
+        table.add_row(name, cell(values))
     out.print(table)
+    out.print(f"{write_report(run)}")
+
+
+@app.command()
+@takes_sampling
+def predict(
+    run: RunFolder,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture, or a folder or tar of pictures.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder.")],
+    *,
+    sampling: Sampling,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="At once; changes no prediction.")] = 8,
+    device: Device = "auto",
+) -> None:
+    """Solve a dense task (depth, segments, colours) for pictures: of each a PNG to look at and a .npy of the numbers,
+    both at the picture's own size.
+
+    RUN is of stage II, whose prior writes the code: the likeliest, unless a sampling option is set. With a run of stage
+    I there is no code, and predictions are the floor of what the base model can do.
+
+    Example: latticode predict runs/uvim-depth-small-guide photo.jpg predicted
+    """
+    from latticode.predict import predict as run_prediction
+
+    result = run_prediction(
+        run,
+        image,
+        target,
+        sampling=sampling,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        console=err,
+    )
+    _skipped(result.skipped)
+    out.print(f"{len(result.files)} predictions in {target}, {result.way}")
+
+
+@app.command()
+def probe(
+    run: RunFolder,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[SOURCE]", help="With labels. Default: what the run was trained on.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Use N random images of each split only.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the images of --limit and the held-out part.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    device: Device = "auto",
+) -> None:
+    """Fit a linear classifier to every layer of a trained prior; writes RUN/probe.json, probe.svg and report.html.
+
+    The best layer is chosen on held-out training images; all are reported.
+    """
+    from latticode.probe import probe as run_probe
+    from latticode.report import write_report
+
+    result = run_probe(run, source, limit=limit, seed=seed, batch_size=batch_size, device=device, console=err)
+    table = Table("layer", "test", "held out", box=None, pad_edge=False)
+    for layer in result["layers"]:
+        table.add_row(str(layer["layer"]), f"{layer['accuracy']:.2%}", f"{layer['held_out']:.2%}")
+    out.print(table)
+    out.print(f"layer {result['layer']}: {result['accuracy']:.2%} of {result['test']} test images")
     out.print(f"{write_report(run)}")
 
 
@@ -254,6 +417,30 @@ def demo(
     out.print(f"{run_demo(target, err)}")
 
 
+def _texts(given: list[str] | None, file: Path | None) -> list[str]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    return [*(given or ()), *(line.strip() for line in lines if line.strip())]
+
+
+def _four(option: str, given: str | None) -> list[int] | None:
+    if given is None:
+        return None
+    try:
+        a, b, c, d = map(int, given.split(","))
+    except ValueError:
+        raise ValueError(f"{option} needs four integers with commas between, got {given!r}") from None
+    return [a, b, c, d]
+
+
+def _clip(name: str | None, device: str) -> Any:
+    if name is None:
+        return None
+    from latticode.runs import pick_device
+    from latticode.scores import load_clip
+
+    return load_clip(name, pick_device(device))
+
+
 def _skipped(skipped: dict[str, str]) -> None:
     for name, reason in skipped.items():
         err.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
@@ -262,13 +449,14 @@ def _skipped(skipped: dict[str, str]) -> None:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one message and exit code 2."""
+    """Run the command line; bad input, or an extra that is missing, ends with one message and exit code 2."""
     try:
         app(prog_name="latticode")
     except Exception as error:
         from latticode.engine import TrainingError
 
-        if not isinstance(error, ValueError | OSError | TrainingError) or "LATTICODE_TRACEBACK" in os.environ:
+        expected = ValueError | OSError | ImportError | TrainingError
+        if not isinstance(error, expected) or "LATTICODE_TRACEBACK" in os.environ:
             raise
         err.print("error:", style="bold red", end=" ")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)

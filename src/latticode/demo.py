@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from latticode import runs
+from latticode import runs, sampling
 from latticode.data import Loader, Preprocess, open_source
 from latticode.engine import load_config, train
 from latticode.metrics.pixels import PixelMetrics
@@ -53,9 +54,8 @@ def run_demo(folder: Path, console: Console) -> Path:
         more = [f"tokenizer={folder / 'digits'}"] if name == "prior" else []
         train(load_config(recipe, [*more, *overrides]), folder / name, resume=True, console=console)
     console.rule("evaluation")
-    grid = runs.sample(
-        folder / "prior", folder / "prior" / "samples", 100, sampling=SAMPLING, batch_size=100, console=console
-    )
+    options: dict[str, Any] = {"sampling": SAMPLING, "overwrite": True, "batch_size": 100, "console": console}
+    grid = sampling.sample(folder / "prior", folder / "prior" / "samples", 100, **options)
     photograph, about = _photograph(folder)
     network = str(folder / "classifier")
     runs.evaluate(folder / "classifier", console=console)

@@ -173,6 +173,24 @@ def usage_curve(counts: Sequence[float]) -> Figure:
         return figure
 
 
+def probe_curve(probe: Mapping[str, Any]) -> Figure:
+    """Accuracy of a linear probe over layers (`latticode.probe.probe_layers`); the dot is the layer that was chosen."""
+    numbers = [layer["layer"] for layer in probe["layers"]]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(6.4, 2.6)
+        for colour, key, label in ((COLOURS[4], "held_out", "held out"), (COLOURS[0], "accuracy", "test")):
+            values = [100 * layer[key] for layer in probe["layers"]]
+            axes.plot(numbers, values, color=colour, linewidth=1.5, marker=".", label=label)
+        axes.plot(probe["layer"], 100 * probe["accuracy"], "o", color=COLOURS[0], markersize=7)
+        axes.axhline(100 * probe["chance"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("accuracy, %")
+        axes.grid(True, axis="y")
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        return figure
+
+
 def thin(x: Iterable[float], y: Iterable[float]) -> tuple[np.ndarray, np.ndarray]:
     """At most `MOST_POINTS` points: means of neighbours."""
     xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)

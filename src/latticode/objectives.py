@@ -21,7 +21,7 @@ from latticode.losses import TERMS
 from latticode.losses.adversarial import ADVERSARIAL_LOSSES, LeCam, adaptive_weight, r1_penalty
 from latticode.losses.perceptual import Perceptual
 from latticode.registry import SpecError, nearest
-from latticode.types import Batch, CodeBatch, Conditioning
+from latticode.types import Batch, CodeBatch, Texts
 
 Turn = tuple[str, Mapping[str, Tensor]]
 
@@ -50,6 +50,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def turns(self, model: Any, batch: Any, step: int) -> Iterator[Turn]:
         """One player after another with its unweighted terms on `batch`."""
+
+    def scores(self, model: Any, batch: Any) -> dict[str, float]:
+        """What a network of the objective's own makes of held-out examples, if it has a use beyond training."""
+        return {}
 
 
 class ReconstructionObjective(Objective):
@@ -181,14 +185,82 @@ def last_layer(model: Any) -> Tensor:
     return layer
 
 
+class GuidedObjective(Objective):
+    """The losses of a dense task on what a base model makes of an image under the oracle's code (`latticode.uvim`), and
+    the quantizer's."""
+
+    def players(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {"tokenizer": model}
+
+    def turns(self, model: Any, batch: Batch, step: int) -> Iterator[Turn]:
+        result = model(batch.inputs)
+        yield "tokenizer", {**model.task.losses(result.output, batch.inputs), **result.losses}
+
+
 class PriorObjective(Objective):
-    """A prior's own loss on codes, told the label where there is one."""
+    """A prior's own loss on codes, told the label where there is one, if it reads text one caption of each image, drawn
+    from torch's global generator, and if it sees the image itself."""
 
     def players(self, model: nn.Module) -> dict[str, nn.Module]:
         return {"prior": model}
 
     def turns(self, model: Any, batch: CodeBatch, step: int) -> Iterator[Turn]:
-        yield "prior", model.loss(batch.codes, Conditioning(batch.labels) if model.classes else None)
+        texts = None if model.text is None else drawn_texts(batch.texts or ((),) * len(batch.codes))
+        soft = {} if batch.soft is None else {"soft": batch.soft}  # of priors that asked for it (`soft_labels`)
+        yield "prior", model.loss(batch.codes, model.condition(batch.labels, texts, batch.images), **soft)
+
+
+class PriorClassificationObjective(PriorObjective):
+    """Fine-tuning of a prior to classify, as iGPT's (Chen et al. 2020, section 2.3): its own loss and the label's cross
+    entropy by a linear head on the normed means of its last layer.
+
+    The head is the second player. The prior's turn has the term `classification`, whose gradient reaches it through the
+    head; the head's has the same number under its own name, `head`, on the same activations, so that with equal weights
+    both move as under one shared loss. The features are told no label; a prior of no classes is not told it either
+    where it generates. Images without a label count for the prior's own loss alone.
+
+    Args:
+        classes: of the labels.
+        width: of the prior's features.
+    """
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        if classes < 2:
+            raise SpecError(f"classes must be >= 2 to tell apart, got {classes}")
+        self.classes, self.width = classes, width
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+
+    def players(self, model: nn.Module) -> dict[str, nn.Module]:
+        if getattr(model, "width", None) != self.width:
+            raise SpecError(f"objective.width must be the prior's, {getattr(model, 'width', None)}, got {self.width}")
+        return {**super().players(model), "head": self.head}
+
+    def turns(self, model: Any, batch: CodeBatch, step: int) -> Iterator[Turn]:
+        for player, terms in super().turns(model, batch, step):
+            features = model.features(batch.codes)[-1]
+            yield player, {**terms, "classification": self._nats(features, batch.labels)}
+            yield "head", {"head": self._nats(features.detach(), batch.labels)}
+
+    def classify(self, model: Any, codes: Tensor) -> Tensor:
+        """Logits (B, classes) of `codes` (B, *grid, K)."""
+        return self.head(model.features(codes)[-1])
+
+    def scores(self, model: Any, batch: CodeBatch) -> dict[str, float]:
+        known = batch.labels >= 0
+        right = self.classify(model, batch.codes[known]).argmax(1) == batch.labels[known]
+        return {"accuracy": float(right.float().mean())} if known.any() else {}
+
+    def _nats(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the images that have a label; 0 if there are none."""
+        nats = F.cross_entropy(self.head(features).float(), labels, reduction="sum", ignore_index=-1)
+        return nats / (labels >= 0).sum().clamp(min=1)
+
+
+def drawn_texts(texts: Texts) -> tuple[str, ...]:
+    """One of the captions of each image, '' where there is none."""
+    draws = torch.rand(len(texts)).tolist()
+    return tuple(own[int(draw * len(own))] if own else "" for own, draw in zip(texts, draws, strict=True))
 
 
 class ClassificationObjective(Objective):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -19,6 +20,8 @@ SETTINGS_KEY = "latticode"  # of the PNG text chunk
 WINDOW, DEEPEST, SHOWN = 256, -80.0, 8  # samples and dB of spectrograms; frames of a film strip
 # Colours of a spectrogram from silence to full scale: dark to light, so that they also read in grey.
 RAMP = np.array([[0, 0, 12], [65, 20, 105], [170, 50, 90], [240, 130, 40], [255, 250, 180]], dtype=np.float64)
+GOLDEN, SATURATION = 0.618034, 0.65  # steps between the hues of classes, and how strong they are
+FONT, LINE, GAP = 12, 16, 6  # pixels of a legend
 
 
 def grid_image(images: np.ndarray | Tensor, columns: int = 8, pad: int = 2) -> Image.Image:
@@ -56,9 +59,54 @@ def spectrograms(waveforms: Tensor) -> np.ndarray:
     Time runs to the right, pitch upwards; the channels of one recording are averaged in power.
     """
     spectra = magnitudes(waveforms.float(), WINDOW).unflatten(0, waveforms.shape[:2]).square().mean(1)
-    level = (1 - 10 * spectra.log10().numpy() / DEEPEST).clip(0, 1)[:, ::-1].repeat(2, 2)
+    level = (1 - 10 * spectra.log10().numpy() / DEEPEST)[:, ::-1].repeat(2, 2)
+    return _ramp(level)
+
+
+def ramp_colours(share: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 of numbers (B, H, W): 0 is dark, 1 light; those outside are clamped."""
+    return torch.from_numpy(_ramp(share.double().cpu().numpy()))
+
+
+def _ramp(share: np.ndarray) -> np.ndarray:
     knots = np.linspace(0, 1, len(RAMP))
-    return np.stack([np.interp(level, knots, RAMP[:, i]) for i in range(3)], 1).round().astype(np.uint8)
+    return np.stack([np.interp(share.clip(0, 1), knots, RAMP[:, i]) for i in range(3)], 1).round().astype(np.uint8)
+
+
+def segment_colours(classes: Tensor, instances: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 of maps (B, H, W) int64: a hue for each class, always the same, a shade for each instance, and
+    a dark outline where a segment ends."""
+    number, instance = classes.cpu().numpy(), instances.cpu().numpy()
+    hue = number * GOLDEN % 1  # neighbours in number are far apart, however many classes there are
+    light = np.where(instance > 0, 0.6 + 0.4 * (instance * GOLDEN % 1), 0.8) - 0.25 * (number % 2)
+    corners = (hue[:, None] * 6 + np.array([0, 4, 2])[:, None, None]) % 6  # RGB of a hue at full saturation
+    colour = 1 - SATURATION * (1 - (np.abs(corners - 3) - 1).clip(0, 1))
+    segment = number * (instance.max(initial=0) + 1) + instance
+    ends = np.zeros(segment.shape, bool)
+    ends[:, 1:] |= segment[:, 1:] != segment[:, :-1]
+    ends[:, :, 1:] |= segment[:, :, 1:] != segment[:, :, :-1]
+    return torch.from_numpy((255 * colour * (light * np.where(ends, 0.4, 1))[:, None]).round().astype(np.uint8))
+
+
+def with_legend(image: Image.Image, entries: Sequence[tuple[str, tuple[int, ...]]]) -> Image.Image:
+    """`image` with a column at its right that names colours (text, RGB), top down; as it is for no entries."""
+    if not entries:
+        return image
+    from PIL import ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=FONT)
+    line = min(LINE, max(2, image.height // len(entries))) if any(not text for text, _ in entries) else LINE
+    wide = max(round(font.getlength(text)) for text, _ in entries)
+    height = max(image.height, line * len(entries) + FONT)
+    canvas = Image.new("RGB", (image.width + 3 * GAP + LINE + wide, height), (BACKGROUND,) * 3)
+    canvas.paste(image, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    left = image.width + GAP
+    for place, (text, colour) in enumerate(entries):
+        top = FONT // 2 + place * line
+        draw.rectangle((left, top, left + LINE - 1, top + line - 1), tuple(colour))
+        draw.text((left + LINE + GAP, top + line / 2), text, fill=(0, 0, 0), font=font, anchor="lm")
+    return canvas
 
 
 def film_strips(clips: np.ndarray) -> np.ndarray:

@@ -42,7 +42,19 @@ def read_spec(folder: Path) -> registry.Spec:
     metadata = read_metadata(path)
     if metadata.get("schema") != SCHEMA or "spec" not in metadata:
         raise ValueError(f"{path} has schema {metadata.get('schema')!r}, this version of latticode reads {SCHEMA}")
-    return metadata["spec"]
+    return _renamed(metadata["spec"])
+
+
+def _renamed(value: Any) -> Any:
+    """A spec with the names of today: of VQ, `online` became one value of `upkeep`."""
+    if isinstance(value, list):
+        return [_renamed(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    spec = {key: _renamed(inner) for key, inner in value.items()}
+    if spec.get("type") == "vq" and "online" in spec:
+        spec["upkeep"] = "online" if spec.pop("online") else "restart"
+    return spec
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -53,9 +53,23 @@ TABLE: dict[str, str | type[nn.Module]] = {
     "palette": "latticode.tokenizer:Palette",
     "gpt": "latticode.priors.gpt:GPT",
     "maskgit": "latticode.priors.maskgit:MaskGIT",
+    "muse": "latticode.priors.muse:Muse",
+    "mage": "latticode.priors.mage:MAGE",
     "pixelcnn": "latticode.priors.pixelcnn:PixelCNN",
     "two_level": "latticode.priors.pixelcnn:TwoLevel",
+    "contextual_rq": "latticode.priors.contextual:ContextualRQ",
+    "dalle": "latticode.priors.dalle:DALLE",
+    "guide": "latticode.priors.guide:Guide",
     "classifier": "latticode.metrics.classifier:Classifier",
+    # dense tasks
+    "uvim": "latticode.uvim:UViM",
+    "depth": "latticode.tasks:Depth",
+    "panoptic": "latticode.tasks:Panoptic",
+    "colorization": "latticode.tasks:Colorization",
+    # readers of captions
+    "bpe": "latticode.text:BPE",
+    "text_encoder": "latticode.text:TextEncoder",
+    "t5": "latticode.text:T5Text",
     # critics and perceptual distances
     "patch_critic": "latticode.nn.critic:PatchCritic",
     "stylegan_critic": "latticode.nn.critic:StyleGANCritic",
@@ -68,6 +82,8 @@ TABLE: dict[str, str | type[nn.Module]] = {
     "reconstruction": "latticode.objectives:ReconstructionObjective",
     "adversarial": "latticode.objectives:Adversarial",
     "prior": "latticode.objectives:PriorObjective",
+    "guided": "latticode.objectives:GuidedObjective",
+    "prior_classification": "latticode.objectives:PriorClassificationObjective",
     "classification": "latticode.objectives:ClassificationObjective",
 }
 

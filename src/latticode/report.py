@@ -35,6 +35,16 @@ LABELS = {
     "entropy_bits": "Entropy of the codes, bits",
     "bits_per_token": "Bits per token",
     "compression_cost_uniform": "log2 of the codebook (bits per token)",
+    "rmse": "RMSE, m",
+    "abs_rel": "Relative error",
+    "log10": "Error of log10",
+    "pq": "PQ",
+    "sq": "SQ",
+    "rq": "RQ",
+    "pq_things": "PQ of things",
+    "pq_stuff": "PQ of stuff",
+    "colourfulness_real": "Colourfulness of the originals",
+    "code_accuracy": "Codes predicted right, %",
     "si_sdr": "SI-SDR, dB",
     "mel_distance": "Log-mel distance",
     "stft_distance": "Multi-resolution STFT distance",
@@ -52,7 +62,7 @@ LABELS = {
     "critic_from": "Critic moves the tokenizer from step",
     "count": "Examples",
 }
-PERCENTAGES = {"usage", "label_accuracy", "label_accuracy_real"}
+PERCENTAGES = {"usage", "code_accuracy", "label_accuracy", "label_accuracy_real"}
 FEATURE_LABELS = {"rfid": "rFID", "fid": "FID", "precision": "Precision", "recall": "Recall"}  # of <name>_<network>
 
 
@@ -80,8 +90,8 @@ class Section:
 def write_report(run_folder: Path) -> Path:
     """Write `run_folder`/report.html and return its path. What the folder lacks is left out of the page.
 
-    Read are run.json, images/*.png, evaluation.json, metrics.jsonl and config.yaml. Raises FileNotFoundError if there
-    is no such folder and ValueError, with the file's name, for JSON that is not an object.
+    Read are run.json, images/*.png, evaluation.json, probe.json, metrics.jsonl and config.yaml. Raises
+    FileNotFoundError if there is no such folder and ValueError, with the file's name, for JSON that is not an object.
     """
     if not run_folder.is_dir():
         raise FileNotFoundError(f"no run folder {run_folder}")
@@ -98,6 +108,8 @@ def run_sections(run_folder: Path) -> list[Section]:
     sections = list(_image_sections(run_folder / "images"))
     if evaluation:
         sections += list(_evaluation_sections(evaluation))
+    if probe := _read_object(run_folder / "probe.json"):
+        sections.append(_probe_section(probe))
     if lines := read_metrics(run_folder / "metrics.jsonl"):
         sections += _critic_sections(lines, _read_object(run_folder / "run.json").get("critic_from"))
         sections.append(_curves_section(lines))
@@ -154,6 +166,9 @@ def _evaluation_sections(evaluation: dict[str, Any]) -> Iterator[Section]:
     evaluation = dict(evaluation)
     protocol = evaluation.pop("protocol", None) or {}
     protocol = dict(protocol) if isinstance(protocol, Mapping) else {"protocol": protocol}
+    scores, classes = evaluation.pop("scores", None), evaluation.pop("classes", None)
+    if scores:
+        yield _dense_section(scores, classes or {}, protocol)
     histograms = _take_counts(evaluation, "level_histograms", nested=True)
     counts = _take_counts(evaluation, "code_counts", nested=False)
     values = dict(_flatten(evaluation))
@@ -176,6 +191,34 @@ def _evaluation_sections(evaluation: dict[str, Any]) -> Iterator[Section]:
         used = sum(count > 0 for count in counts)
         text = f"{used:,} of {len(counts):,} codes were used. Dashed: all codes equally often."
         yield Section("Code usage", text, [Picture(figures.usage_curve(counts))] if used else [])
+
+
+def _dense_section(scores: Mapping[str, Any], classes: Mapping[str, Any], protocol: Mapping[str, Any]) -> Section:
+    """Metrics of a dense task by how the code of its predictions came about, and the same for each class."""
+    ways = list(dict.fromkeys(way for values in scores.values() for way in values))
+    rows = [(_label(name), *(values.get(way, "") for way in ways)) for name, values in scores.items()]
+    tables = [Table(rows, ("", *ways))]
+    for way, found in classes.items():
+        names = list(dict.fromkeys(key for row in found.values() for key in row))
+        cells = [(name, *(row.get(key, "") for key in names)) for name, row in found.items()]
+        if cells:
+            tables.append(Table(cells, ("class", *map(_label, names)), f"Classes, {way}"))
+    text = "\n\n".join(f"{way.capitalize()}: {protocol[way]}." for way in ways if way in protocol)
+    return Section("Predictions", text, tables=tables)
+
+
+def _probe_section(probe: Mapping[str, Any]) -> Section:
+    """How much of the label a linear classifier finds in each layer of a prior."""
+    text = (
+        f"A linear classifier on layer {probe['layer']} tells the label of {100 * probe['accuracy']:.1f} % of "
+        f"{probe['test']:,} test images; always the most frequent label would be right about "
+        f"{100 * probe['chance']:.1f} % (dashed). The layer was chosen on held-out training images."
+    )
+    rows = [(layer["layer"], 100 * layer["accuracy"], 100 * layer["held_out"]) for layer in probe["layers"]]
+    tables = [Table(rows, ("layer", "test accuracy, %", "held-out accuracy, %"))]
+    if protocol := probe.get("protocol"):
+        tables.append(Table([(_label(k), v) for k, v in _flatten(protocol)], caption="Protocol"))
+    return Section("Linear probe", text, [Picture(figures.probe_curve(probe))], tables)
 
 
 def _curves_section(lines: Mapping[str, figures.Series]) -> Section:

@@ -1,31 +1,37 @@
-"""Run folders as the command line uses them: open what was trained, score it, draw from it."""
+"""Run folders as the command line uses them: open what was trained, and score it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from latticode.data import Loader, open_source
+from latticode import registry
+from latticode.data import Loader, Preparation, open_source
+from latticode.engine.checkpoint import STATE
 from latticode.engine.config import RunConfig, read_run
 from latticode.engine.feed import open_loader
+from latticode.engine.finetune import trained_objective
 from latticode.engine.progress import progress
-from latticode.evaluate import evaluate_classifier, evaluate_prior, evaluate_tokenizer
+from latticode.evaluate import evaluate_classifier, evaluate_dense, evaluate_prior, evaluate_tokenizer
+from latticode.evaluate.dense import GREEDY
 from latticode.files import write_text
 from latticode.losses.perceptual import LPIPS, FeatureDistance
 from latticode.metrics.features import feature_network
-from latticode.outputs import preview, save_example
-from latticode.pictures import grid_image, save_png
+from latticode.objectives import PriorClassificationObjective
 from latticode.pretrained import load_model
-from latticode.types import Conditioning, Sampling
-
-GRID = 256  # samples shown in the grid at the most
+from latticode.priors.base import Prior
+from latticode.registry import nearest
+from latticode.types import Sampling
+from latticode.uvim import UViM
+from latticode.values import to_float
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -54,6 +60,26 @@ def open_tokenizer(run: Path, device: str = "auto") -> tuple[RunConfig, Any]:
     return open_model(run, "tokenizer", device)
 
 
+def open_dense(run: Path, device: str = "auto") -> tuple[RunConfig, UViM, Prior | None]:
+    """Config and model of a dense task's run and, if it is of stage II, the prior of its codes.
+
+    Raises ValueError for other runs.
+    """
+    config = read_run(run)
+    place = pick_device(device)
+    model = load_model(run).to(place)
+    uvim = load_model(run / "tokenizer").to(place) if isinstance(model, Prior) else model
+    if not isinstance(uvim, UViM):
+        kind = type(model).__name__
+        raise ValueError(f"{run} is the run of a {kind}; one of a uvim, or of a prior of its codes, is needed")
+    return config, uvim, model if isinstance(model, Prior) else None
+
+
+def greedy_unless_asked(sampling: Sampling) -> Sampling:
+    """The likeliest codes, unless some option of sampling was set: a prediction is no draw."""
+    return GREEDY if sampling == Sampling() else sampling
+
+
 def open_whole(config: RunConfig, source: str, split: str, *, own_size: bool = False, batch_size: int = 64) -> Loader:
     """`source` for the tokenizer of a run: images as they were for training or at their `own_size`, recordings and
     clips from beginning to end. What has no common size comes one by one."""
@@ -67,48 +93,39 @@ def open_whole(config: RunConfig, source: str, split: str, *, own_size: bool = F
     )
 
 
-def sample(
-    run: Path,
-    target: Path,
-    count: int,
-    *,
-    label: int | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-    seed: int = 0,
-    batch_size: int = 64,
-    device: str = "auto",
-    console: Console,
-) -> Path:
-    """Draw `count` samples of a prior's run into `target`: one file each and grid.png, whose path is returned.
+def read_example(path: Path, preprocess: Preparation) -> Tensor:
+    """The one image, recording or clip in a file: (C, *size) in [-1, 1], without augmentation."""
+    record = open_source(str(path), "all", medium=preprocess.medium)[0]
+    values = torch.tensor(preprocess.arrange(preprocess.load(record)))
+    return to_float(values) if values.dtype == torch.uint8 else values
 
-    `label` None asks for all classes in turn. The settings stand in the metadata of every PNG.
+
+def label_numbers(config: RunConfig, labels: Sequence[str], classes: int) -> list[int]:
+    """The labels that the user means: numbers, -1 = none, or names of the classes of the run's data.
+
+    Only for names is the data's source opened. Raises ValueError for a number outside [-1, classes) or unknown names.
     """
-    config, prior = open_model(run, "prior", device)
-    _, tokenizer = open_tokenizer(run, device)
-    if label is not None and not 0 <= label < prior.classes:
-        valid = f"0 .. {prior.classes - 1}" if prior.classes else "none, the prior is unconditional"
-        raise ValueError(f"label {label} is not a class; valid: {valid}")
-    labels = torch.arange(count) % max(prior.classes, 1) if label is None else torch.full((count,), label)
-    settings: dict[str, Any] = {"run": run.name, "seed": seed, **vars(sampling)}
-    preprocess = config.data.preprocess()
-    shown: list[np.ndarray] = []
-    columns = 8
-    with progress(console, "sample", count) as advance, torch.inference_mode():
-        for first in range(0, count, batch_size):
-            part = labels[first : first + batch_size].to(pick_device(device))
-            cond = Conditioning(part) if prior.classes else None
-            codes = prior.sample(len(part), cond, sampling=sampling, seed=seed, first=first)
-            images = tokenizer.decode(codes, preprocess.shape[1:] if preprocess.shape else None).cpu()
-            for index, image in enumerate(images, first):
-                about = settings | {"index": index} | ({"label": int(labels[index])} if prior.classes else {})
-                save_example(target / f"sample-{index:05d}", image, preprocess, about)
-            pictures, columns = preview(images, preprocess)
-            shown += list(pictures[: max(0, GRID - len(shown))])
-            advance(first + len(part))
-    columns = prior.classes if label is None and 1 < prior.classes <= 16 else columns
-    grid = target / "grid.png"
-    save_png(grid, grid_image(np.stack(shown), min(columns, count)), settings | {"count": count, "label": label})
-    return grid
+    names: tuple[str, ...] = ()
+    if not all(_is_number(label) for label in labels):
+        data = config.data
+        names = open_source(data.source, "all", holdout=data.holdout, medium=data.preprocess().medium).classes
+    numbers = []
+    for label in labels:
+        if not _is_number(label) and label not in names:
+            raise ValueError(f"no class is called {label!r}{nearest(label, names)}; or give a number")
+        number = int(label) if _is_number(label) else names.index(label)
+        if not -1 <= number < classes:
+            valid = f"0 .. {classes - 1}, or -1 for none" if classes else "none, the prior is unconditional"
+            raise ValueError(f"label {label} is not a class; valid: {valid}")
+        numbers.append(number)
+    return numbers
+
+
+def note_unused(prior: Prior, sampling: Sampling, console: Console) -> None:
+    """Say which of the options that were set the prior has no use for."""
+    changed = [name for name, value in vars(sampling).items() if value != getattr(Sampling(), name)]
+    if unused := [name for name in changed if name not in prior.uses]:
+        console.print(f"{type(prior).__name__} has no use for {', '.join(unused)}", style="yellow")
 
 
 def evaluate(
@@ -131,7 +148,8 @@ def evaluate(
     """Score the run on `split` of `source` (default: its own data), write `evaluation.json` and return it.
 
     `own_size` and `tile` as for encoding and `perceptual`, "lpips" or the folder of a classifier's run, are for
-    tokenizers. Raises ValueError for what does not fit the run.
+    tokenizers. Runs of dense tasks, of either stage, are scored as `evaluate_dense` says; the codes of stage II are the
+    likeliest unless `sampling` is not the default. Raises ValueError for what does not fit the run.
     """
     config = read_run(run)
     if config.kind != "tokenizer" and (own_size or perceptual):
@@ -156,9 +174,21 @@ def evaluate(
         "run": run.name,
     }
     model = load_model(run).to(place)
+    coder = load_model(run / "tokenizer").to(place) if config.kind == "prior" else model
+    dense = isinstance(coder, UViM)
+    if dense and (own_size or perceptual or tile or classifier):
+        raise ValueError(f"own sizes, tiles, perceptual distances and classifiers are not for dense tasks, as of {run}")
+    if config.kind == "prior":
+        sampling = greedy_unless_asked(sampling) if dense else sampling
+        note_unused(model, sampling, console)
     with watched(console, f"evaluate {run.name}") as watch:
         shared: dict[str, Any] = {"limit": limit, "protocol": protocol, "progress": watch}
-        if config.kind == "tokenizer":
+        if dense:
+            prior = model if config.kind == "prior" else None
+            result = evaluate_dense(
+                coder, loader, prior=prior, sampling=sampling, seed=seed, features=network, **shared
+            )
+        elif config.kind == "tokenizer":
             eyes = None
             if perceptual is not None:
                 eyes = (LPIPS() if perceptual == "lpips" else FeatureDistance(perceptual)).to(place)
@@ -168,7 +198,7 @@ def evaluate(
         else:
             result = evaluate_prior(
                 model,
-                load_model(run / "tokenizer").to(place),
+                coder,
                 loader,
                 features=network,
                 reference=open_loader(config, "train", batch_size=64) if network else None,
@@ -176,6 +206,7 @@ def evaluate(
                 samples=samples,
                 sampling=sampling,
                 seed=seed,
+                label_of=_head(run, config, model),
                 **shared,
             )
     write_text(run / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -195,3 +226,15 @@ def watched(console: Console, title: str) -> Iterator[Callable[[int, int], None]
             advance(done)
 
         yield hook
+
+
+def _head(run: Path, config: RunConfig, prior: Prior) -> Callable[[Tensor], Tensor] | None:
+    """Codes to logits of labels, where a prior was trained with a head and the training's state is still there."""
+    trained = issubclass(registry.resolve(config.objective["type"]), PriorClassificationObjective)
+    if not trained or not (run / STATE).is_file():
+        return None
+    return partial(trained_objective(run, config).to(prior.device).classify, prior)
+
+
+def _is_number(label: str) -> bool:
+    return label.removeprefix("-").isdecimal()

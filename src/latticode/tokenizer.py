@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from latticode.pretrained import Pretrained
 from latticode.quantizers.base import Quantizer
-from latticode.quantizers.vq import VQ
-from latticode.types import Quantized, Reconstruction
+from latticode.quantizers.vq import VQ, Softening
+from latticode.types import Quantized, Reconstruction, Softened
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 INPUTS = {1: "waveforms (B, {}, T)", 2: "images (B, {}, H, W)", 3: "videos (B, {}, T, H, W)"}
@@ -89,6 +89,16 @@ class Tokenizer(Pretrained):
     def encode(self, images: Tensor) -> Tensor:
         """Codes (B, *grid, K) of `images` (B, C, *size)."""
         return self._encode(self._padded(images))
+
+    def soften(self, images: Tensor, temperature: float) -> Softened:
+        """Codes (B, *grid, K) of `images` (B, C, *size) drawn by their distance, and their distributions
+        (`latticode.quantizers.vq.Softening.soften`). Raises ValueError for a quantizer that cannot draw them."""
+        if not isinstance(self.quantizer, Softening):
+            name = type(self.quantizer).__name__
+            raise ValueError(f"codes are drawn by their distance from those of vq, simvq or residual, not of {name}")
+        with torch.no_grad():
+            latents = self.quant_conv(self.encoder(self._padded(images)))
+        return self.quantizer.soften(latents.movedim(1, -1), temperature)
 
     def decode(self, codes: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Images (B, C, *(grid * stride)) of `codes` (B, *grid, K), cropped to `size` if given."""
@@ -187,6 +197,9 @@ class HierarchicalTokenizer(Tokenizer):
     @property
     def vocab(self) -> tuple[int, ...]:
         return self.top.vocab + self.quantizer.vocab * math.prod(self.top.strides)
+
+    def soften(self, images: Tensor, temperature: float) -> Softened:
+        raise ValueError("codes of several grids cannot be drawn: the distributions of each depend on those above")
 
     def levels(self, codes: Tensor) -> list[Tensor]:
         """`codes` grid by grid, each (B, *its grid, its K), the coarsest first."""

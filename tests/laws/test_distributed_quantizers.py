@@ -23,8 +23,9 @@ SPECS: list[dict[str, Any]] = [
     {"type": "vq", "size": 16, "dim": 3, "decay": 0.5, "restart": 0.9, "normalize": True},
     {"type": "vq", "size": 16, "dim": 3, "decay": 0.5, "restart": 0.9, "update": "gradient"},
     {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "restart": 0.5},  # more codes than tokens
-    {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "online": True},
-    {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "online": True, "normalize": True, "entropy": 0.5},
+    {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "upkeep": "online"},
+    {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "upkeep": "split"},
+    {"type": "vq", "size": 64, "dim": 3, "decay": 0.5, "upkeep": "online", "normalize": True, "entropy": 0.5},
     {"type": "vq", "size": 16, "dim": 3, "decay": 0.5, "update": "gradient", "affine": True, "entropy": 0.5},
     {"type": "simvq", "size": 16, "dim": 3, "entropy": 0.5},
     {"type": "lfq", "dim": 3, "temperature": 1.0},

@@ -26,6 +26,9 @@ SPECS: dict[str, dict[str, Any]] = {
     "digits": {"vocab": [30], "digits": [5, 3, 2]},
     "digits-in-turn": {"vocab": [30, 30], "digits": [5, 3, 2], "inner_depth": 1, "style": "llama", "places": "axial"},
     "residual": {"vocab": [7, 7, 7], "inner_depth": 2, "shared": True},
+    "top-bottom": {"vocab": [7, 5, 5, 5, 5], "inner_depth": 2, "shared": True, "tops": 1},
+    "two-tops": {"vocab": [7, 4, 6, 5], "inner_depth": 1, "tops": 2, "style": "llama"},
+    "top-bottom-digits": {"vocab": [12, 12, 12], "digits": [4, 3], "inner_depth": 1, "tops": 1},
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
@@ -108,7 +111,8 @@ def test_no_symbol_sees_itself_or_a_later_one(spec: dict[str, Any]):
             changed[:, n, slot] = (changed[:, n, slot] + 1) % sizes[slot]
             after = prior.logits(changed, labels)
             for other, (a, b) in enumerate(zip(before, after, strict=True)):
-                seen = n if prior.inner_depth and other > slot else n + 1  # the first position that may change
+                below = prior.inner_depth and other > slot and (slot < prior.first or not prior.tops)
+                seen = n if below else n + 1  # the first position that may change
                 assert torch.equal(a[:, :seen], b[:, :seen])
                 assert (a[:, seen:] != b[:, seen:]).any(-1).all()
 
@@ -144,6 +148,7 @@ TOYS: dict[str, dict[str, Any]] = {
     "slots-in-turn": {"vocab": [2, 3, 2], "grid": [2], "inner_depth": 1},
     "digits": {"vocab": [12], "grid": [2], "digits": [3, 2, 2], "inner_depth": 1, "places": "axial"},
     "residual": {"vocab": [3, 3], "grid": [2, 1], "inner_depth": 1, "shared": True},
+    "top-bottom": {"vocab": [3, 2, 2], "grid": [2], "inner_depth": 1, "shared": True, "tops": 1},
 }
 
 
@@ -179,14 +184,70 @@ def test_independent_symbols_multiply():
 def test_loss_is_the_mean_of_bits_over_symbols(spec: dict[str, Any]):
     prior = small(**spec, label_dropout=0.0)
     codes, cond = prior.sample(4, seed=2), Conditioning(torch.tensor([0, 1, -1, 0]))
-    nats = prior.loss(codes, cond)["cross_entropy"] * prior.positions * len(prior.symbols.sizes)
-    torch.testing.assert_close(nats, prior.bits(codes, cond).mean() * math.log(2))
+    terms, first, symbols = prior.loss(codes, cond), prior.first, len(prior.symbols.sizes)
+    assert set(terms) == {"cross_entropy"} | ({"top_cross_entropy"} if prior.tops else set())
+    nats = (symbols - first) * terms["cross_entropy"] + first * terms.get("top_cross_entropy", torch.zeros(()))
+    torch.testing.assert_close(nats * prior.positions, prior.bits(codes, cond).mean() * math.log(2))
+
+
+def test_bottom_codes_are_independent_given_the_top():
+    """p(a, b | top) = p(a | top) p(b | top), and both depend on the top; the top's own distribution is the marginal."""
+    prior = small(vocab=[3, 2, 4], grid=[1], inner_depth=1, tops=1)
+    codes = torch.cartesian_prod(torch.arange(3), torch.arange(2), torch.arange(4))
+    p = (-prior.bits(codes[:, None])).exp2().view(3, 2, 4)
+    given = p / p.sum((1, 2), keepdim=True)
+    torch.testing.assert_close(given, given.sum(2, keepdim=True) * given.sum(1, keepdim=True))
+    assert (given[0] - given[1]).abs().max() > 0.02
+    top = prior.logits(codes[:1, None], torch.tensor([-1]))[0].softmax(-1).flatten()
+    torch.testing.assert_close(p.sum((1, 2)), top)
+
+
+def test_levels_share_a_table_and_a_head():
+    prior = small(vocab=[7, 5, 5, 5], inner_depth=1, shared=True, tops=1)
+    assert prior.embedding.weight.shape == (7 + 5, 16)
+    assert prior.offsets.tolist() == [0, 7, 7, 7]
+    assert [head.out_features for head in prior.head.heads] == [7, 5]
+    assert len(small(vocab=[7, 5, 5, 5], inner_depth=1, tops=1).head.heads) == 4
+
+
+# --- soft labels
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{"vocab": [6, 4], "inner_depth": 1}, {"vocab": [5]}, {"vocab": [4, 6, 6], "inner_depth": 1, "tops": 1}],
+    ids=["in-turn", "plain", "top-bottom"],
+)
+def test_soft_targets_are_the_mean_over_their_codes(spec: dict[str, Any]):
+    """Cross entropy is linear in its target; all mass on the codes is the ordinary loss."""
+    prior = small(**spec, label_dropout=0.0, soft_labels=0.5)
+    codes = prior.sample(3, seed=1)
+    most = max(prior.vocab)
+    sharp = torch.nn.functional.one_hot(codes, most).float()
+    torch.testing.assert_close(prior.loss(codes, soft=sharp), prior.loss(codes))
+    soft = torch.rand(*codes.shape, most) * (torch.arange(most) < torch.tensor(prior.vocab)[:, None])
+    soft /= soft.sum(-1, keepdim=True)
+    logits = prior.logits(codes.flatten(1, 2), torch.full((3,), -1))
+    pairs = zip(logits, soft.flatten(1, 2).unbind(-2), strict=True)
+    each = torch.stack([-(q[..., : p.shape[-1]] * p.log_softmax(-1)).sum(-1).mean() for p, q in pairs])
+    terms = prior.loss(codes, soft=soft)
+    torch.testing.assert_close(terms["cross_entropy"], each[prior.tops :].mean())
+    if prior.tops:
+        torch.testing.assert_close(terms["top_cross_entropy"], each[: prior.tops].mean())
+
+
+def test_soft_targets_of_another_shape_are_refused():
+    prior, codes = small(vocab=[6, 4]), torch.zeros(2, 3, 4, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 4, 2, 6\), got \(2, 3, 4, 2, 4\)"):
+        prior.loss(codes, soft=torch.zeros(2, 3, 4, 2, 4))
+    with pytest.raises(ValueError, match=r"need no digits and shape"):
+        small(vocab=[6, 6], digits=[3, 2]).loss(codes, soft=torch.zeros(2, 3, 4, 2, 6))
 
 
 def test_training_hides_labels():
     prior, seen = small(label_dropout=0.25), []
     original = prior.logits
-    prior.logits = lambda symbols, labels: seen.append(labels) or original(symbols, labels)  # type: ignore[method-assign]
+    prior.logits = lambda symbols, labels, *rest: seen.append(labels) or original(symbols, labels, *rest)  # type: ignore[method-assign]
     prior.loss(torch.zeros(4000, 3, 4, 1, dtype=torch.int64), Conditioning(torch.ones(4000, dtype=torch.int64)))
     assert (seen[0] == -1).float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert seen[0].unique().tolist() == [-1, 1]
@@ -365,7 +426,17 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"digits must multiply .* got \[-2, -4\] = 8 for \[8\]"):
         small(vocab=[8], digits=[-2, -4])
     for wrong in ({"vocab": [8, 9], "inner_depth": 1}, {"vocab": [8, 8]}):
-        with pytest.raises(ValueError, match=r"shared needs symbols of one size and inner_depth >= 1, got \[8"):
+        with pytest.raises(ValueError, match=r"shared needs symbols of one size, got \[8, 9\]|inner_depth >= 1, got 0"):
             small(shared=True, **wrong)
+    with pytest.raises(ValueError, match=r"shared and tops need inner_depth >= 1, got 0"):
+        small(vocab=[8, 8], tops=1)
+    for tops in (-1, 2):
+        with pytest.raises(ValueError, match=rf"tops must leave one of the 2 codes of a position, got {tops}"):
+            small(vocab=[8, 8], inner_depth=1, tops=tops)
+    for soft in (-0.5, math.inf):
+        with pytest.raises(ValueError, match=rf"soft_labels must be a temperature >= 0 .* got {soft}"):
+            small(soft_labels=soft)
+    with pytest.raises(ValueError, match=r"distributions over whole codes, got digits \[4, 2\]"):
+        small(vocab=[8], digits=[4, 2], soft_labels=0.5)
     with pytest.raises(ValueError, match=r"head width divisible by 4 .* got 6"):
         small(places="axial", width=12)

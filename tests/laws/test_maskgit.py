@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from latticode.priors import maskgit
+from latticode.priors import masked
+from latticode.priors.base import guided
+from latticode.priors.masked import Context
 from latticode.priors.maskgit import MaskGIT
 from latticode.priors.schedules import (
     SCHEDULES,
@@ -107,6 +111,16 @@ def test_masking_floor():
     assert masked_counts(torch.tensor([0.0, 1.0]), 256).tolist() == [1, 256]
 
 
+def test_masks_without_a_floor_have_the_density_of_muse():
+    """(2 / pi) (1 - x^2)^(-1/2): distribution function (2 / pi) arcsin x, mean 2 / pi = 0.64."""
+    torch.manual_seed(0)
+    positions = 4096
+    fractions = masked_counts(draw_ratios(20_000, ratio_floor(0.0)), positions).double() / positions
+    assert fractions.mean().item() == pytest.approx(2 / math.pi, abs=0.005)
+    for x in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
+        assert (fractions <= x).double().mean().item() == pytest.approx(2 / math.pi * math.asin(x), abs=0.01)
+
+
 def test_random_masks_have_exact_counts_and_no_favourites():
     torch.manual_seed(0)
     counts = torch.randint(1, 17, (20_000,))
@@ -127,9 +141,9 @@ def spy(prior: MaskGIT) -> list[tuple[Tensor, Tensor, Tensor]]:
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     original = prior.logits
 
-    def logits(tokens: Tensor, labels: Tensor, at: Tensor) -> Tensor:
+    def logits(tokens: Tensor, labels: Tensor, at: Tensor, context: Context | None = None) -> Tensor:
         calls.append((tokens.clone(), labels.clone(), at.clone()))
-        return original(tokens, labels, at)
+        return original(tokens, labels, at, context)
 
     prior.logits = logits  # type: ignore[method-assign]
     return calls
@@ -234,8 +248,8 @@ def test_noise_is_annealed_to_zero(monkeypatch: pytest.MonkeyPatch):
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.zero_()  # every draw has log p = -log 11
-    monkeypatch.setattr(maskgit, "gumbel", torch.ones_like)
-    monkeypatch.setattr(maskgit, "ranks", lambda c: seen.append(c[c.isfinite()].unique().item()) or ranks(c))
+    monkeypatch.setattr(masked, "gumbel", torch.ones_like)
+    monkeypatch.setattr(masked, "ranks", lambda c: seen.append(c[c.isfinite()].unique().item()) or ranks(c))
     prior.sample(2, sampling=Sampling(steps=12, noise=4.5))
     assert [round(value + math.log(11), 4) for value in seen] == [4.125 - 0.375 * step for step in range(12)]
 
@@ -255,6 +269,137 @@ def test_guidance_runs_the_second_branch_only_when_asked():
     assert not torch.equal(plain, strong)
     assert torch.equal(prior.sample(2, cond, sampling=Sampling(guidance=-1.0)), prior.sample(2))
     assert torch.equal(prior.sample(2, sampling=Sampling(guidance=3.0)), prior.sample(2)), "no label, no effect"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1]),
+        ("cosine", [0.1464466, 0.5, 0.8535534, 1]),
+    ],
+)
+def test_guidance_grows_over_the_steps_by_its_schedule(
+    schedule: str, shares: list[float], monkeypatch: pytest.MonkeyPatch
+):
+    prior, seen, cond = small(), [], Conditioning(torch.tensor([0, 1]))
+    monkeypatch.setattr(masked, "guided", lambda c, u, w: seen.append(w) or guided(c, u, w))
+    sampling = Sampling(steps=4, guidance=3.0, guidance_schedule=schedule)
+    codes = prior.sample(2, cond, sampling=sampling)
+    assert seen == pytest.approx([3 * share for share in shares])
+    constant = prior.sample(2, cond, sampling=Sampling(steps=4, guidance=3.0))
+    assert torch.equal(codes, constant) is (schedule == "constant")
+    assert torch.equal(
+        prior.sample(2, cond, sampling=replace(sampling, guidance=0.0)),
+        prior.sample(2, cond, sampling=Sampling(steps=4)),
+    )
+
+
+# --- text
+
+
+class Reader(nn.Module):
+    """A state of every letter, after a first one; and it remembers what it has read."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.width = width
+        self.letters = nn.Embedding(27, width)
+        self.read: list[list[str]] = []
+
+    def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        self.read.append(list(texts))
+        ids = torch.zeros(len(texts), 1 + max(map(len, texts), default=0), dtype=torch.int64)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        mask[:, 0] = True
+        for row, there, text in zip(ids, mask, texts, strict=True):
+            row[1 : 1 + len(text)] = torch.tensor([1 + ord(letter) - ord("a") for letter in text])
+            there[: 1 + len(text)] = True
+        return self.letters(ids), mask
+
+
+def reading(**changes: object) -> tuple[MaskGIT, Reader]:
+    """With weights that make a difference of every word."""
+    reader = Reader()
+    prior = small(text=reader, **changes)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return prior, reader
+
+
+def test_captions_and_labels_inform_the_prior_alone_and_together():
+    prior, _ = reading()
+    codes, labels = torch.randint(11, (1, 4, 4, 1)), torch.tensor([1])
+    told = [
+        None,
+        Conditioning(labels),
+        Conditioning(texts=("a",)),
+        Conditioning(labels, ("a",)),
+        Conditioning(texts=("b",)),
+    ]
+    assert len({prior.bits(codes, cond).item() for cond in told}) == len(told)
+    assert torch.equal(prior.bits(codes), prior.bits(codes, Conditioning(texts=("",))))
+    beside = Conditioning(texts=("a", "wordy"))
+    both = prior.bits(codes.repeat(2, 1, 1, 1), beside)
+    torch.testing.assert_close(both[:1], prior.bits(codes, told[2]))  # what the other's length pads is not there
+
+
+def test_states_of_the_same_width_are_taken_as_they_are():
+    assert list(small(text=Reader(32)).project.parameters()) == []  # type: ignore[union-attr]
+    assert reading()[0].project.weight.shape == (32, 6)  # type: ignore[union-attr]
+
+
+def test_training_hides_label_and_text_together():
+    prior, reader = reading(label_dropout=0.25, depth=1)
+    calls = spy(prior)
+    prior.loss(torch.randint(11, (2000, 4, 4, 1)), Conditioning(torch.ones(2000).long(), ("ab",) * 2000))
+    labels, texts = calls[0][1].tolist(), reader.read[0]
+    assert texts.count("") / 2000 == pytest.approx(0.25, abs=0.03)
+    assert set(zip(labels, texts, strict=True)) == {(1, "ab"), (-1, "")}
+
+
+@pytest.mark.parametrize(
+    ("labels", "texts"), [([0, 1], ("", "")), ([-1, -1], ("ab", "")), ([0, -1], ("ab", "c"))], ids=str
+)
+def test_guidance_leaves_the_second_branch_without_label_and_text(labels: list[int], texts: tuple[str, ...]):
+    prior, reader = reading()
+    cond = Conditioning(torch.tensor(labels), texts)
+    calls = spy(prior)
+    strong = prior.sample(2, cond, sampling=Sampling(guidance=3.0))
+    assert all(call.tolist() == [*labels, -1, -1] for _, call, _ in calls)
+    assert reader.read == [[*texts, "", ""]], "once for all steps"
+    assert not torch.equal(strong, prior.sample(2, cond))
+    assert torch.equal(prior.sample(2, cond, sampling=Sampling(guidance=-1.0)), prior.sample(2))
+    nothing = Conditioning(torch.tensor([-1, -1]), ("", ""))
+    assert torch.equal(prior.sample(2, nothing, sampling=Sampling(guidance=3.0)), prior.sample(2))
+
+
+def test_features_are_means_of_the_stream_and_carry_gradients():
+    prior, _ = reading(depth=3)
+    codes, cond = torch.randint(11, (2, 4, 4, 1)), Conditioning(torch.tensor([0, -1]), ("ab", ""))
+    prior.eval()
+    features = prior.features(codes, cond)
+    assert [tuple(f.shape) for f in features] == [(2, 32)] * 4
+    torch.testing.assert_close(features[0], prior.embedded(codes.flatten(1), cond.labels)[:, 1:].mean(1))
+    (gradient,) = torch.autograd.grad(features[-1].sum(), prior.embedding.weight)
+    assert gradient.any()
+    assert not torch.equal(features[-1], prior.features(codes)[-1])
+    with pytest.raises(ValueError, match="expects integer codes"):
+        prior.features(codes[..., 0])
+
+
+def test_colours_of_a_palette_are_codes_like_any_other():
+    """The masked variant of iGPT: 32 x 32 positions, 512 colours."""
+    prior = small(vocab=[512], grid=[32, 32], classes=0, width=16, depth=1)
+    codes = torch.randint(512, (2, 32, 32, 1))
+    assert prior.loss(codes)["cross_entropy"].item() == pytest.approx(math.log(512), abs=1.0)
+    assert prior.bits(codes[:1]).item() == pytest.approx(1024 * 9, rel=0.2)
+    sample = prior.sample(
+        1, sampling=Sampling(steps=3), known=codes[:1].masked_fill(torch.arange(32)[:, None, None] > 9, -1)
+    )
+    assert torch.equal(sample[:, :10], codes[:1, :10])
+    prior.check_codes(sample)
 
 
 def test_an_overfitted_prior_reproduces_its_images():
@@ -291,5 +436,11 @@ def test_bad_arguments_are_named():
         small(min_masked=-0.1)
     with pytest.raises(ValueError, match="unknown schedule 'cosin'; valid: cosine, arccos"):
         small().sample(1, sampling=Sampling(schedule="cosin"))
+    with pytest.raises(ValueError, match="guidance_schedule must be constant or linear or cosine, got exp"):
+        small().sample(1, sampling=Sampling(guidance_schedule="exp"))
+    with pytest.raises(ValueError, match="expected one text for each of 2 images, got 1"):
+        reading()[0].sample(2, Conditioning(texts=("a",)))
+    with pytest.raises(ValueError, match="the prior reads no text, got 'a'"):
+        small().sample(1, Conditioning(texts=("a",)))
     with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
         small().sample(1, sampling=Sampling(steps=0))

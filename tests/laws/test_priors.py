@@ -11,11 +11,20 @@ import torch
 
 from latticode import registry
 from latticode.priors.base import Prior, check_sampling, draw, filtered, guided, gumbel, uniforms
+from latticode.text import BPE
 from latticode.types import Conditioning, Sampling
 
 SMALL = {"width": 16, "depth": 2, "heads": 2}
 TWO_LEVEL = {**SMALL, "attention": 1, "bottom_width": 16, "bottom_depth": 2}
 GPT = {"type": "gpt", "grid": [4, 3], **SMALL}
+TEXT = {"type": "bpe", "size": 264, "length": 4}
+CAPTIONS = ("", "a red cat", "a cat", "a red")
+READER = {"type": "text_encoder", "bpe": TEXT, "width": 8, "depth": 1, "heads": 2}
+MUSE = {"type": "muse", **SMALL, "bottom_width": 16, "bottom_depth": 2, "encoder_depth": 1}
+MAGE = {**SMALL, "decoder_depth": 1}
+CONTEXTUAL = {"type": "contextual_rq", "grid": [4, 3], "inner_depth": 1, **SMALL}
+EYE = {"type": "vit_encoder", "latent": 6, "patch": 4, "width": 8, "depth": 1, "heads": 2, "side": 2}
+GUIDE = {"type": "guide", "encoder": EYE, "dropout": 0.1, "image_dropout": 0.2, **SMALL}
 CASES: dict[str, dict[str, Any]] = {
     "gpt": {**GPT, "vocab": [7]},
     "gpt-classes": {**GPT, "vocab": [7], "classes": 3},
@@ -28,22 +37,43 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt-digits-in-turn": {**GPT, "vocab": [30], "digits": [5, 3, 2], "inner_depth": 2, "places": "axial"},
     "gpt-digits-of-slots": {**GPT, "vocab": [6, 6], "digits": [3, 2], "classes": 1, "inner_depth": 1},
     "gpt-residual": {**GPT, "vocab": [7, 7, 7], "classes": 3, "inner_depth": 2, "shared": True},
+    "gpt-top-bottom": {**GPT, "vocab": [7, 5, 5], "classes": 2, "inner_depth": 2, "shared": True, "tops": 1},
+    "contextual": {**CONTEXTUAL, "vocab": [7]},
+    "contextual-slots": {**CONTEXTUAL, "vocab": [7, 4, 5], "classes": 3},
+    "contextual-residual": {**CONTEXTUAL, "vocab": [7, 7, 7], "classes": 3, "shared": True, "style": "llama"},
+    "contextual-digits": {**CONTEXTUAL, "vocab": [30], "grid": [9], "digits": [5, 3, 2], "classes": 2},
     "maskgit": {"type": "maskgit", "vocab": [7], "grid": [4, 3], **SMALL},
     "maskgit-classes": {"type": "maskgit", "vocab": [7], "grid": [4, 3], "classes": 3, **SMALL},
     "maskgit-line": {"type": "maskgit", "vocab": [5], "grid": [9], "classes": 2, **SMALL},
     "maskgit-video": {"type": "maskgit", "vocab": [5], "grid": [2, 3, 2], **SMALL},
+    "maskgit-text": {"type": "maskgit", "vocab": [7], "grid": [4, 3], "text": READER, **SMALL},
+    "maskgit-both": {"type": "maskgit", "vocab": [7], "grid": [4, 3], "classes": 2, "text": READER, **SMALL},
+    "muse": {**MUSE, "vocab": [5, 7, 7, 7, 7], "grid": [2, 3]},
+    "muse-classes": {**MUSE, "vocab": [7] * 10, "grid": [2, 2], "classes": 3},
+    "muse-text": {**MUSE, "vocab": [5, 7, 7, 7, 7], "grid": [2, 3], "text": READER, "bottom_width": 24},
+    "muse-both": {**MUSE, "vocab": [5, 7, 7, 7, 7], "grid": [2, 3], "classes": 2, "text": READER},
+    "mage": {"type": "mage", "vocab": [7], "grid": [4, 3], **MAGE},
+    "mage-classes": {"type": "mage", "vocab": [7], "grid": [9], "classes": 3, **MAGE},
     "pixelcnn": {"type": "pixelcnn", "vocab": [7], "grid": [4, 3], **SMALL},
     "pixelcnn-classes": {"type": "pixelcnn", "vocab": [7], "grid": [4, 3], "classes": 3, "kernel": 5, **SMALL},
     "pixelsnail": {"type": "pixelcnn", "vocab": [7], "grid": [4, 3], "classes": 3, "attention": 1, **SMALL},
     "two-level": {"type": "two_level", "vocab": [5, 7, 7, 7, 7], "grid": [2, 3], **TWO_LEVEL},
     "two-level-classes": {"type": "two_level", "vocab": [7] * 10, "grid": [2, 2], "classes": 3, **TWO_LEVEL},
+    "guide": {**GUIDE, "vocab": [7], "grid": [4, 3]},
+    "guide-slots-in-turn": {**GUIDE, "vocab": [7, 7], "grid": [9], "inner_depth": 1, "shared": True},
+    "dalle": {"type": "dalle", "vocab": [7], "grid": [4, 3], "text": TEXT, "kernel": 3, **SMALL, "depth": 3},
+    "dalle-line": {"type": "dalle", "vocab": [5], "grid": [9], "text": TEXT, "kernel": 3, **SMALL},
 }
 every_prior = pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
 
 
 def build(spec: dict[str, Any], **changes: Any) -> Prior:
-    """A prior with weights far from their initial values: at those, every distribution is almost uniform."""
+    """A prior with weights far from their initial values: at those, every distribution is almost uniform. What it
+    reads captions with has learned those of `CAPTIONS`."""
     prior = registry.build({**spec, **changes})
+    for module in prior.modules():
+        if isinstance(module, BPE):
+            module.fit(CAPTIONS)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in prior.parameters():
@@ -57,8 +87,10 @@ def random_codes(prior: Prior, count: int) -> torch.Tensor:
 
 
 def conditioning(prior: Prior, count: int) -> Conditioning:
-    """Every class and 'none' in turn."""
-    return Conditioning(torch.arange(count) % (prior.classes + 1) - 1)
+    """Every class and 'none' in turn, captions to a prior that reads them, and images to one that sees."""
+    texts = None if prior.text is None else tuple(CAPTIONS[i % len(CAPTIONS)] for i in range(count))
+    images = uniforms((3, 8, 8), 7, 0, count) * 2 - 1 if prior.sees else None
+    return Conditioning(torch.arange(count) % (prior.classes + 1) - 1, texts, images)
 
 
 def test_cases_cover_every_registered_prior():
@@ -138,6 +170,17 @@ def test_known_codes_are_kept_and_the_rest_is_filled(spec: dict[str, Any]):
     assert torch.equal(known, codes.masked_fill(hidden, -1))
     halves = [prior.sample(3, known=known[i : i + 3], sampling=Sampling(steps=5), first=i) for i in (0, 3)]
     assert torch.equal(result, torch.cat(halves))
+
+
+@every_prior
+def test_options_that_a_prior_does_not_use_change_nothing(spec: dict[str, Any]):
+    prior, options = build(spec), vars(Sampling(steps=3, guidance=1.0))
+    cond = conditioning(prior, 4)
+    others = {int: lambda value: value + 1, float: lambda value: value / 2, str: lambda value: "linear"}
+    unused = {name: others[type(value)](value) for name, value in options.items() if name not in prior.uses}
+    assert prior.uses <= options.keys()
+    plain = prior.sample(4, cond, sampling=Sampling(**options), seed=5)
+    assert torch.equal(plain, prior.sample(4, cond, sampling=Sampling(**options | unused), seed=5))
 
 
 @every_prior
@@ -230,13 +273,23 @@ def test_broken_weights_do_not_sample(spec: dict[str, Any]):
 )
 @every_prior
 def test_bad_sizes_are_refused(spec: dict[str, Any], changes: dict[str, Any]):
+    if next(iter(changes)) not in registry.parameters_of(registry.resolve(spec["type"])):
+        pytest.skip("takes no such argument")
     with pytest.raises(ValueError, match=f"{next(iter(changes))} must be"):
         registry.build({**spec, **changes})
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"steps": 0}, {"temperature": -1.0}, {"noise": -0.1}, {"guidance": math.nan}, {"top_k": -1}, {"top_p": 0.0}],
+    [
+        {"steps": 0},
+        {"temperature": -1.0},
+        {"noise": -0.1},
+        {"guidance": math.nan},
+        {"guidance_schedule": "exp"},
+        {"top_k": -1},
+        {"top_p": 0.0},
+    ],
     ids=lambda options: str(options),
 )
 def test_bad_sampling_options_are_named(options: dict[str, Any]):

@@ -49,7 +49,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "vq-rotation": vq(48, 4, gradient="rotation", entropy=0.5),
     "vq-diveq": vq(48, 4, gradient="diveq", update="gradient"),
     "vq-affine": vq(48, 4, update="gradient", affine=True, sync=0.5),
-    "vq-online": vq(48, 4, online=True),
+    "vq-online": vq(48, 4, upkeep="online"),
+    "vq-split": vq(48, 4, upkeep="split", decay=0.9, normalize=True),
     "simvq": {"type": "simvq", "size": 48, "dim": 4},
     "gumbel": {"type": "gumbel", "size": 20, "dim": 4},
     "gumbel-hard": {"type": "gumbel", "size": 20, "dim": 4, "hard": True},
@@ -292,7 +293,7 @@ def test_accumulated_parts_are_one_batch(quantizer: Quantizer, name: str):
         pytest.skip("draws differ with the size of a batch")
     for book in quantizer.modules():
         if isinstance(book, Codebook):
-            book.restart, book.online = 0.0, False  # these draw from the first part only
+            book.restart, book.upkeep_by = 0.0, "restart"  # these draw from the first part only
     z = latents(80, quantizer.dim)
     twin = copy.deepcopy(quantizer)
     whole, inputs = twin(z), [part.requires_grad_() for part in z.clone().split(40)]

@@ -1,14 +1,17 @@
-"""What is particular to VQ and SimVQ: losses, the statistics of a codebook, k-means, restarts, online clustering."""
+"""What is particular to VQ and SimVQ: losses, the statistics of a codebook, k-means, restarts, clustering, splits."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.pretrained import read_spec, save_tensors
 from latticode.quantizers import VQ, codebook
 from latticode.quantizers.base import accumulating
 from latticode.quantizers.codebook import EPS, cluster, draw, kmeans
@@ -378,19 +381,19 @@ def test_tokens_whose_square_is_not_finite_are_anchors_like_others():
 def test_online_clustering_uses_more_codes(update: str, normalize: bool):
     """Tokens far from where the codes start: without it most codes never win one."""
 
-    def used(online: bool) -> int:
+    def used(upkeep: str) -> int:
         torch.manual_seed(0)
         options = {"update": update, "normalize": normalize, "kmeans": False, "restart": 0.0}
-        quantizer = VQ(32, 3, decay=0.8, online=online, **options)
+        quantizer = VQ(32, 3, decay=0.8, upkeep=upkeep, **options)
         codes = [quantizer(0.3 * blobs(20, spread=0.3, offset=3.0)[0]).codes for _ in range(60)]
         return len(codes[-1].unique())
 
-    assert used(False) < 8
-    assert used(True) > 20
+    assert used("restart") < 8
+    assert used("online") > 20
 
 
 def test_online_codes_keep_statistics_of_their_place():
-    quantizer = VQ(8, 3, kmeans=False, decay=0.9, online=True)
+    quantizer = VQ(8, 3, kmeans=False, decay=0.9, upkeep="online")
     book = quantizer.embedding
     book.count[3:] = 1e-5
     still = book.weight[:3].clone()
@@ -401,7 +404,7 @@ def test_online_codes_keep_statistics_of_their_place():
 
 
 def test_only_the_first_of_accumulated_batches_moves_codes():
-    quantizer = VQ(8, 3, kmeans=False, decay=0.9, online=True)
+    quantizer = VQ(8, 3, kmeans=False, decay=0.9, upkeep="online")
     quantizer.embedding.count[3:] = 0.0
     with accumulating(quantizer):
         quantizer(torch.randn(30, 3))
@@ -409,6 +412,88 @@ def test_only_the_first_of_accumulated_batches_moves_codes():
         quantizer(torch.randn(30, 3))
         assert torch.equal(quantizer.embedding.weight, after_first)
     assert not torch.equal(quantizer.embedding.weight, after_first)
+
+
+def lbg(count: np.ndarray, total: np.ndarray, noise: np.ndarray, least: float) -> int:
+    """UViM's rule, in place and as plainly as it can be said; how many codes were split."""
+    splits = 0
+    while count.min() < least:
+        poor, rich = count.argmin(), count.argmax()
+        total[poor], count[poor] = total[rich] * noise[splits], count[rich]
+        for k in (poor, rich):
+            total[k], count[k] = total[k] / 2, count[k] / 2
+        splits += 1
+    return splits
+
+
+def test_splitting_is_the_published_rule():
+    """Ten training steps against sums and counts that decay by 0.995, codes being the directions of the sums."""
+    size, dim, decay = 24, 5, 0.995
+    quantizer = VQ(size, dim, decay=decay, normalize=True, kmeans=False, upkeep="split")
+    book = quantizer.embedding
+    assert torch.equal(book.count, torch.full((size,), 1 - decay))
+    with torch.no_grad():
+        book.count[::3] *= 0.08  # below a tenth of a token
+        book.total[::3] *= 0.08
+    count, total = (t.double().numpy() / (1 - decay) for t in (book.count, book.total))
+    generator, splits = torch.Generator().manual_seed(3), 0
+    for step in range(10):
+        x = F.normalize(torch.randn(40, dim, generator=generator) + 2.0, dim=-1)
+        poor = int((count < 0.1).sum())
+        torch.manual_seed(step)
+        noise = (1 + 1e-3 * (2 * torch.rand(poor, dim) - 1)).double().numpy()
+        splits += lbg(count, total, noise, 0.1)
+        codes = total / np.linalg.norm(total, axis=1, keepdims=True)
+        torch.manual_seed(step)
+        out = quantizer(x)
+        ours = out.codes[:, 0].numpy()
+        cosine = x.double().numpy() @ codes.T
+        best = cosine.argmax(1)
+        # two halves of one code are a thousandth apart: a token between them may go to either by rounding
+        assert (cosine[range(40), best] - cosine[range(40), ours]).max() < 1e-6
+        count = decay * count + np.bincount(ours, minlength=size)
+        total = decay * total
+        np.add.at(total, ours, x.double().numpy())
+        np.testing.assert_allclose(book.count / (1 - decay), count, rtol=1e-4)
+        np.testing.assert_allclose(book.total / (1 - decay), total, atol=1e-4)
+    assert splits >= 8
+
+
+def test_splitting_ends_where_halves_would_be_too_small():
+    weight, count = torch.randn(6, 3), torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0, 0.0])
+    total = weight * count[:, None]
+    before = weight.clone()
+    codebook.split(weight, count, total, 1.0, unit=False)
+    assert sorted(count.tolist()) == [0.0, 0.0, 0.0, 0.0, 1.5, 1.5]
+    assert torch.equal(weight[1:], before[1:]), "the richest stays where it is, and so do those without a half"
+    torch.testing.assert_close(weight[0], before[1], rtol=1e-3, atol=0)
+    assert not torch.equal(weight[0], before[1])
+    count.zero_()
+    codebook.split(weight, count, total, 1.0, unit=False)  # none is rich: nothing to do, and an end
+    assert not count.any()
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_splitting_uses_more_codes(update: str):
+    """Tokens in few directions: without it most codes never win one."""
+
+    def used(restart: float) -> int:
+        torch.manual_seed(0)
+        quantizer = VQ(64, 4, update=update, decay=0.9, normalize=True, kmeans=False, upkeep="split", restart=restart)
+        codes = [quantizer(torch.randn(500, 4) * 0.3 + 1.0).codes for _ in range(60)]
+        return len(codes[-1].unique())
+
+    assert used(0.0) < 40
+    assert used(0.1) > 60 or (update == "gradient" and used(0.1) > used(0.0))
+
+
+@pytest.mark.parametrize(("online", "upkeep"), [(True, "online"), (False, "restart")])
+def test_models_saved_before_upkeep_had_a_name_still_load(tmp_path: Path, online: bool, upkeep: str):
+    vq = {"type": "vq", "size": 8, "dim": 3, "update": "gradient", "online": online}
+    spec = {"type": "residual", "stages": [vq, vq]}
+    save_tensors(tmp_path / "model.safetensors", {}, {"schema": 1, "spec": spec})
+    renamed = {"type": "vq", "size": 8, "dim": 3, "update": "gradient", "upkeep": upkeep}
+    assert read_spec(tmp_path) == {"type": "residual", "stages": [renamed, renamed]}
 
 
 def test_simvq_is_its_formula_and_learns_its_matrix_only():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.nn.rotary import grid_coordinates, rotary_table, rotated
-from latticode.nn.transformer import Attention, Block, Transformer
+from latticode.nn.transformer import Attention, Block, CrossAttention, Transformer
 
 WIDTH, HEADS, LENGTH = 24, 3, 7
 
@@ -63,6 +63,88 @@ def test_gradients_equal_torch_encoder_layer():
     (ours,) = torch.autograd.grad(block(x).square().sum(), x)
     (theirs,) = torch.autograd.grad(layer(x).square().sum(), x)
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+def decoder_reference(block: Block, context: int) -> nn.TransformerDecoderLayer:
+    """`context` is the block's width: torch's layer keeps keys and values in one matrix with the queries."""
+    layer = nn.TransformerDecoderLayer(
+        WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    cross = block.cross_attention
+    assert cross is not None
+    assert block.norm_context is not None
+    assert cross.kv.in_features == context == WIDTH
+    pairs = {
+        "self_attn.in_proj_": block.attention.qkv,
+        "self_attn.out_proj.": block.attention.out,
+        "multihead_attn.out_proj.": cross.out,
+        "linear1.": block.mlp.up,
+        "linear2.": block.mlp.down,
+        "norm1.": block.norm1,
+        "norm2.": block.norm_context,
+        "norm3.": block.norm2,
+    }
+    state = {name + key: value for name, part in pairs.items() for key, value in part.state_dict().items()}
+    state["multihead_attn.in_proj_weight"] = torch.cat([cross.q.weight, cross.kv.weight])
+    state["multihead_attn.in_proj_bias"] = torch.cat([cross.q.bias, cross.kv.bias])
+    layer.load_state_dict(state)
+    return layer
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_block_with_a_context_equals_torch_decoder_layer(causal: bool, masked: bool):
+    block = Block(WIDTH, HEADS, context=WIDTH)
+    randomise(block)
+    layer = decoder_reference(block, WIDTH)
+    x, states = torch.randn(2, LENGTH, WIDTH), torch.randn(2, 5, WIDTH)
+    there = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 0, 1]]).bool() if masked else None
+    expected = layer(
+        x,
+        states,
+        tgt_mask=nn.Transformer.generate_square_subsequent_mask(LENGTH) if causal else None,
+        tgt_is_causal=causal,
+        memory_key_padding_mask=None if there is None else ~there,
+    )
+    got = block(x, is_causal=causal, context=states, context_mask=there)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_context_of_another_width_equals_torch_attention():
+    """torch has no decoder layer for that, but its attention takes keys and values of their own widths."""
+    cross = CrossAttention(WIDTH, 10, HEADS)
+    randomise(cross)
+    peer = nn.MultiheadAttention(WIDTH, HEADS, kdim=10, vdim=10, batch_first=True)
+    k, v = cross.kv.weight.chunk(2)
+    state = {"q_proj_weight": cross.q.weight, "k_proj_weight": k, "v_proj_weight": v}
+    state["in_proj_bias"] = torch.cat([cross.q.bias, cross.kv.bias])
+    state |= {f"out_proj.{key}": value for key, value in cross.out.state_dict().items()}
+    peer.load_state_dict(state)
+    x, states = torch.randn(2, LENGTH, WIDTH), torch.randn(2, 5, 10)
+    torch.testing.assert_close(cross(x, states), peer(x, states, states)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_masked_states_and_their_order_do_not_matter():
+    transformer = Transformer(WIDTH, depth=2, heads=HEADS, context=10)
+    randomise(transformer)
+    x, states, order = torch.randn(2, LENGTH, WIDTH), torch.randn(2, 5, 10), torch.randperm(5)
+    there = torch.tensor([[1, 1, 1, 0, 0]] * 2).bool()
+    expected = transformer(x, context=states[:, :3])
+    torch.testing.assert_close(transformer(x, context=states, context_mask=there), expected)
+    shuffled = transformer(x, context=states[:, order], context_mask=there[:, order])
+    torch.testing.assert_close(shuffled, expected)
+    assert not torch.allclose(transformer(x, context=states), expected)
+
+
+def test_a_transformer_without_a_context_has_the_weights_it_had():
+    plain, told = (set(Transformer(WIDTH, 1, HEADS, context=width).state_dict()) for width in (0, 10))
+    assert not {name for name in plain if "context" in name or "cross" in name}
+    assert plain < told
+    variance = [
+        dict(Transformer(96, 8, HEADS, context=width).named_parameters())["blocks.0.mlp.down.weight"].var().item()
+        for width in (0, 10)
+    ]
+    assert variance[1] / variance[0] == pytest.approx(2 / 3, rel=0.05), "three branches of a block add up, not two"
 
 
 def test_bidirectional_attention_commutes_with_permutations():
@@ -170,6 +252,20 @@ def test_steps_equal_the_whole_sequence(style: str, rotary: bool, sizes: tuple[i
     assert (cache[..., :LENGTH, :] != 0).all()
 
 
+@pytest.mark.parametrize("style", ["gpt", "llama"])
+def test_steps_with_a_context_equal_the_whole_sequence(style: str):
+    transformer = Transformer(WIDTH, depth=3, heads=HEADS, style=style, context=10).eval()
+    randomise(transformer)
+    assert style == "gpt" or not [name for name, _ in transformer.named_parameters() if name.endswith("bias")]
+    x, states = torch.randn(2, LENGTH, WIDTH), torch.randn(2, 5, 10)
+    told = {"context": states, "context_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 1]]).bool()}
+    with torch.no_grad():
+        expected = transformer(x, is_causal=True, **told)
+        cache = transformer.cache(2, LENGTH)
+        got = torch.cat([transformer.step(x[:, at], cache, at, **told) for at in steps_of(4, 1, 2)], dim=1)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_step_looks_at_nothing_ahead():
     """What an earlier sequence has left in the cache behind the present position is not seen, to the bit."""
     transformer = Transformer(WIDTH, depth=2, heads=HEADS).eval()
@@ -208,3 +304,9 @@ def test_bad_sizes_are_named():
         Transformer(24, 0, 3)
     with pytest.raises(ValueError, match="unknown style 'bert' of a transformer; valid: gpt, llama"):
         Transformer(24, 1, 3, style="bert")
+    told, states = Transformer(24, 1, 3, context=10), torch.randn(1, 4, 8)
+    for call in (lambda: told(states), lambda: told.step(states, told.cache(1, 4), torch.arange(4))):
+        with pytest.raises(ValueError, match=r"a context of width 10 \(0 = none\), got 0"):
+            call()
+    with pytest.raises(ValueError, match=r"a context of width 0 \(0 = none\), got 8"):
+        Transformer(24, 1, 3)(torch.randn(1, 4, 24), context=states)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from helpers import QUIET, tiny_tokenizer
+from helpers import QUIET, tiny_config, tiny_tokenizer
 from latticode import load
 from latticode.engine import load_config, train
 from latticode.engine.config import read_recipe, recipe_names
@@ -22,8 +24,9 @@ SHORT = [
     "precision='no'",
 ]
 # No number of a debug size is above these; 32 channels, since 32 groups of a normalisation are the default.
-CHANNELS = dict.fromkeys(("width", "latent", "hidden", "in_channels", "out_channels"), 32)
-MOST = {**CHANNELS, "dim": 32, "size": 1024, "depth": 4, "heads": 4, "blocks": 1}
+CHANNELS = dict.fromkeys(("width", "bottom_width", "latent", "hidden", "in_channels", "out_channels"), 32)
+DEPTHS = dict.fromkeys(("depth", "bottom_depth", "encoder_depth", "decoder_depth"), 4)
+MOST = {**CHANNELS, **DEPTHS, "dim": 32, "size": 1024, "length": 32, "heads": 4, "blocks": 1}
 MOST_DATA = {"size": 64, "frames": 5, "length": 2048}
 
 
@@ -36,10 +39,39 @@ def debug(value: Any, most: dict[str, int], limit: int | None = None) -> Any:
     return min(value, limit) if type(value) is int and limit is not None else value
 
 
-def source_for(data: dict[str, Any]) -> str:
+def source_for(recipe: dict[str, Any]) -> str:
     """The embedded data of the kind that a recipe is for; a prior's recipe leaves that to its tokenizer."""
+    data = recipe["data"]
     images = "photos" if data.get("channels") == 3 else "digits"
-    return {"audio": "tones", "video": "moving-digits"}.get(data.get("kind", "image"), images)
+    kind = "dense" if recipe.get("prior", {}).get("type") == "guide" else data.get("kind", "image")
+    return {"audio": "tones", "video": "moving-digits", "dense": "shapes"}.get(kind, images)
+
+
+def captioned(folder: Path) -> Path:
+    """Grey pictures, each with a caption beside it."""
+    for i in range(8):
+        path = folder / ("test" if i < 2 else "train") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 30 * i).save(path)
+        path.with_suffix(".txt").write_text(f"the grey number {i}")
+    return folder
+
+
+def tokens_for(prior: dict[str, Any], folder: Path) -> Path:
+    """A tokenizer whose codes the prior can take: of two levels, in equal stages, of a label, or one a position."""
+    if prior["type"] == "guide":
+        spec = "{type: uvim, task: {type: colorization}, quantizer: {type: fsq, levels: [4, 3]}, code: [2, 2], "
+        spec += "patch: 16, side: 4, width: 16, heads: 2, oracle_depth: 1, base_depth: 1}"
+        data = "data={kind: dense, source: 'embedded:shapes', size: 64}"
+        return train(load_config("uvim-colour-small", [*SHORT, data, f"tokenizer={spec}"]), folder, console=QUIET)
+    book = {"type": "vq", "size": 16, "dim": 3}
+    if prior.get("tops") or prior["type"] in ("muse", "two_level"):
+        quantizer = {"type": "hierarchical", "top": book, "bottom": {**book, "size": 12}, "fanout": 4}
+    elif prior.get("shared"):
+        quantizer = {"type": "residual", "stages": book, "depth": 3}
+    else:
+        return tiny_tokenizer(folder)
+    return train(tiny_config(quantizer, "weights={mse: 1, l1: 0.2, commitment: 0.25}"), folder, console=QUIET)
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -48,7 +80,7 @@ def test_recipe(name, tmp_path) -> None:
     parts = {key: debug(recipe[key], MOST) for key in ("tokenizer", "prior", "objective") if recipe.get(key)}
     parts["data"] = debug(recipe["data"], MOST_DATA)
     overrides = [f"{key}={part}" for key, part in parts.items()]
-    overrides += [*SHORT, f"data.source=embedded:{source_for(recipe['data'])}"]
+    overrides += [*SHORT, f"data.source=embedded:{source_for(recipe)}"]
     objective = recipe["objective"]
     if "perceptual" in objective:
         judge = Classifier(2, recipe["data"]["channels"], 4).save_pretrained(tmp_path / "classifier")
@@ -56,7 +88,9 @@ def test_recipe(name, tmp_path) -> None:
     if "adversarial" in objective:
         overrides += ["objective.adversarial.start=0", "objective.adversarial.warmup=0"]
     if "prior" in recipe:
-        overrides.append(f"tokenizer={tiny_tokenizer(tmp_path / 'tokenizer')}")
+        overrides.append(f"tokenizer={tokens_for(recipe['prior'], tmp_path / 'tokenizer')}")
+    if recipe.get("prior", {}).get("text"):
+        overrides.append(f"data.source={captioned(tmp_path / 'captioned')}")
     config = load_config(name, overrides)
     load(train(config, tmp_path / "run", console=QUIET))
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_size

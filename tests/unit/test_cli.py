@@ -84,7 +84,24 @@ def test_the_whole_road(latticode, tokenizer, tmp_path) -> None:
     )
     for index in range(5):
         pair = [read(f / f"sample-{index:05d}.png")[0] for f in (prior / "samples", small)]
-        assert np.abs(pair[0] - pair[1]).max() <= 1
+        assert (pair[0] == pair[1]).all()
+    code, _, err = latticode("sample", prior, "--count", 5, "--seed", 8)
+    assert code == 2
+    assert "samples of other settings" in err
+    files = sorted((prior / "samples").glob("sample-*"))
+    words = ["--box", "0,0,4,4", "--label", 2, "--label", 5, "--top-k", 4, "--count", 2]
+    code, out, err = latticode("edit", prior, files[0], tmp_path / "edited", *words)
+    assert code == 0, err
+    assert "2 variants" in out
+    _, settings = read(tmp_path / "edited" / "sample-00001.png")
+    assert (settings["label"], settings["box"], settings["top_k"]) == (5, [0, 0, 4, 4], 4)
+    (tmp_path / "lines.txt").write_text("a shoe\n\na coat\n")
+    code, _, err = latticode("sample", prior, "--texts", tmp_path / "lines.txt", "-o", tmp_path / "texts")
+    assert code == 2
+    assert "reads no text, got 'a shoe'" in err
+    code, _, err = latticode("edit", prior, files[0], tmp_path / "edited", "--box", "1,2,3")
+    assert code == 2
+    assert "--box needs four integers with commas between, got '1,2,3'" in err
 
     classifier = tmp_path / "classifier"
     code, _, err = latticode("train", "classifier", *TINY[:4], "steps=2", "classifier.width=4", "--out", classifier)
@@ -96,11 +113,23 @@ def test_the_whole_road(latticode, tokenizer, tmp_path) -> None:
     assert code == 0, err
     assert "perceptual_classifier" in out
     code, out, err = latticode(
-        "evaluate", prior, "--features", classifier, "--classifier", classifier, "--samples", 20, "--limit", 20
+        "evaluate",
+        prior,
+        "--features",
+        classifier,
+        "--classifier",
+        classifier,
+        "--samples",
+        20,
+        "--limit",
+        20,
+        "--top-p",
+        0.9,
     )
     assert code == 0, err
     result = json.loads((prior / "evaluation.json").read_text())
     assert result["protocol"]["feature_network"] == "classifier"
+    assert result["protocol"]["sampling"]["top_p"] == 0.9
     assert result["compression_cost"] > 0
     assert "fid_classifier" in out
     for folder in (tokenizer, classifier):
@@ -169,7 +198,7 @@ def test_recipes_are_listed(latticode) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["encode"], ["decode"], ["sample"], ["evaluate"], ["levels"], ["demo"]]
+    "words", [[], ["train"], ["encode"], ["decode"], ["sample"], ["edit"], ["evaluate"], ["levels"], ["demo"]]
 )
 def test_help_reads(latticode, words) -> None:
     code, out, _ = latticode(*words, "--help")
@@ -196,6 +225,7 @@ def test_help_reads(latticode, words) -> None:
         (["evaluate", "RUN", "--features", "nowhere"], "nowhere holds no model.safetensors"),
         (["evaluate", "RUN", "--features", "inception"], "feature network 'inception' cannot be had"),
         (["sample", "RUN", "--count", "0"], "greater than or equal to 1"),
+        (["edit", "RUN", "nowhere.png", "out", "--box", "0,0,1,1"], "is the run of a tokenizer; a prior's is needed"),
     ],
 )
 def test_one_clear_message_and_exit_code_2(latticode, tokenizer, tmp_path, monkeypatch, words, message) -> None:

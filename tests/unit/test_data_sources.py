@@ -360,7 +360,7 @@ def test_hub_failures_are_one_clear_error(monkeypatch, hub_folder):
 def test_unknown_sources_are_refused_with_the_valid_forms(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"'embedded:cats': embedded are digits, faces, moving-digits, photos, tones\. Valid forms: .*hub:",
+        match=r"embedded are digits, faces, moving-digits, photos, shapes, tones\. Valid forms: .*hub:",
     ):
         open_source("embedded:cats")
     with pytest.raises(ValueError, match=f"nearest folder that exists is '{tmp_path}'"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["docs/audio-video.md", "docs/quantizers.md", "docs/training.md"]
+PAGES = ["docs/audio-video.md", "docs/dense.md", "docs/quantizers.md", "docs/sampling.md", "docs/training.md"]
 
 
 def blocks(page: str) -> str:

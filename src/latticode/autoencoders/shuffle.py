@@ -1,4 +1,4 @@
-"""Exchange of resolution for channels around any encoder and decoder (HQ-VAE, kakaobrain 2022, arXiv 2206.04452)."""
+"""Exchange of resolution for channels around any encoder and decoder (HQ-VAE, NeurIPS 2022, openreview NYF6jNTAui)."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from latticode.data.media import ContentError, Preparation
 from latticode.data.records import Record, Source
+from latticode.types import Texts
 
 CACHE_BYTES = 512 * 2**20
 # numpy pads a seed with zeros, so that (s, e) and (s, e, 0) are one stream: the last word tells the uses apart.
@@ -19,6 +21,7 @@ class Row(NamedTuple):
     values: np.ndarray  # (C, *size), of the preparation's type
     label: int
     position: int  # in the source
+    texts: tuple[str, ...] = ()
 
 
 class Decoder:
@@ -36,30 +39,33 @@ class Decoder:
         self.skipped: dict[str, str] = {}
         self._state = np.zeros(length, np.uint8)
         self._labels = np.full(length, -1, np.int64)
+        self._texts: dict[int, tuple[str, ...]] = {}  # of the cached records that have captions
         self._values: np.ndarray | None = None  # (N, C, *size)
-        self._loaded: dict[int, tuple[Any, int]] = {}  # decoded, label
+        self._loaded: dict[int, tuple[Any, Record]] = {}  # decoded, and the record without its content
         self._room = CACHE_BYTES if caches and windows else 0
         if caches and preprocess.shape is not None and not windows:
             shape = (length, *preprocess.shape)
             if np.prod(shape, dtype=np.int64) * np.dtype(preprocess.dtype).itemsize <= CACHE_BYTES:
                 self._values = np.empty(shape, preprocess.dtype)
 
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """(values (B, C, *size), labels (B,)) of `indices`; None if they are not cached or one cannot be read."""
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, Texts] | None:
+        """(values (B, C, *size), labels (B,), captions) of `indices`; None if they are not cached or one cannot be
+        read."""
         if self._values is None:
             return None
         for index in indices[self._state[indices] == _NEW]:
             self.row(int(index))
         if (self._state[indices] != _CACHED).any():
             return None
-        return self._values[indices], self._labels[indices]
+        texts = tuple(self._texts.get(int(index), ()) for index in indices) if self._texts else ()
+        return self._values[indices], self._labels[indices], texts
 
     def row(self, index: int, epoch: int | None = None) -> Row | None:
         """The record at `index`; with windows on and an epoch, its window is random, by (seed, epoch, index)."""
         if self._state[index] == _UNREADABLE:
             return None
         if self._values is not None and self._state[index] == _CACHED:
-            return Row(self._values[index], int(self._labels[index]), index)
+            return Row(self._values[index], int(self._labels[index]), index, self._texts.get(index, ()))
         if index in self._loaded:
             return self._arranged(*self._loaded[index], index, epoch)
         try:
@@ -73,6 +79,8 @@ class Decoder:
             self._state[index] = _UNREADABLE
         elif self._values is not None:
             self._values[index], self._labels[index] = row.values, row.label
+            if row.texts:
+                self._texts[index] = row.texts
             self._state[index] = _CACHED  # last: a thread that sees it reads the values
         return row
 
@@ -85,14 +93,14 @@ class Decoder:
             return None
         if self._room > 0 and index not in self._loaded:
             self._room -= self.preprocess.weight(loaded)
-            self._loaded[index] = loaded, record.label
-        return self._arranged(loaded, record.label, index, epoch)
+            self._loaded[index] = loaded, replace(record, content=b"", maps={})
+        return self._arranged(loaded, record, index, epoch)
 
-    def _arranged(self, loaded: Any, label: int, index: int, epoch: int | None) -> Row:
+    def _arranged(self, loaded: Any, record: Record, index: int, epoch: int | None) -> Row:
         rng = None
         if self.windows and epoch is not None:
             rng = np.random.default_rng((self.seed, epoch, index, CROP))
-        return Row(self.preprocess.arrange(loaded, rng), label, index)
+        return Row(self.preprocess.arrange(loaded, rng), record.label, index, record.texts)
 
     def nothing_readable(self) -> ValueError:
         name, reason = next(iter(self.skipped.items()))

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from latticode.data.folders import FileSource
-from latticode.data.media import AUDIO, IMAGE, VIDEO
+from latticode.data.media import AUDIO, DENSE, IMAGE, VIDEO
 from latticode.data.records import ArraySource, Source, select
-from latticode.data.synthetic import MovingDigits, Tones
+from latticode.data.synthetic import MovingDigits, Shapes, Tones
 
 # Every colour photograph of everyday things in the two wheels. Left out: drawings and charts, grey pictures, medical
 # and astronomical ones (ihc, retina, hubble_deep_field), and color.png. motorcycle_left and _right are one stereo pair.
@@ -69,12 +69,18 @@ def open_moving_digits(name: str, split: str, holdout: float) -> Source:
     return select(MovingDigits(name, digits), None, split, holdout)
 
 
+def open_shapes(name: str, split: str, holdout: float) -> Source:
+    """300 made-up photographs, 64x64, of balls and boxes in a room, with depth, classes and instances."""
+    return select(Shapes(name), None, split, holdout)
+
+
 SETS = {
     "digits": (IMAGE, open_digits),
     "faces": (IMAGE, open_faces),
     "photos": (IMAGE, open_photos),
     "tones": (AUDIO, open_tones),
     "moving-digits": (VIDEO, open_moving_digits),
+    "shapes": (DENSE, open_shapes),
 }
 
 

@@ -10,9 +10,11 @@ from urllib.parse import parse_qs
 from latticode.data.media import IMAGE, Medium
 from latticode.data.parquet import LABEL_COLUMNS
 from latticode.data.records import (
+    TEXT_COLUMNS,
     Record,
     Source,
     StreamSource,
+    captions,
     held_out_part,
     is_held_out,
     number_labels,
@@ -31,7 +33,7 @@ class HubSource(Source):
         self.splits = list(splits)
         self.parts = [_encoded(part, medium) for part in splits.values()]
         self.joined = datasets.concatenate_datasets(self.parts)
-        self.column, label, self.classes = _columns(self.parts[0].features, name, medium)
+        self.column, label, self.text, self.classes = _columns(self.parts[0].features, name, medium)
         self.labels, numbered = number_labels(self.joined[label][:] if label else [None] * len(self.joined))
         self.classes = self.classes or numbered
 
@@ -39,7 +41,9 @@ class HubSource(Source):
         return len(self.joined)
 
     def __getitem__(self, i: int) -> Record:
-        return Record(_bytes(self.joined[i][self.column]), int(self.labels[i]), self.name_of(i))
+        row = self.joined[i]
+        texts = captions(row[self.text]) if self.text else ()
+        return Record(_bytes(row[self.column]), int(self.labels[i]), self.name_of(i), texts=texts)
 
     def name_of(self, i: int) -> str:
         for split, part in zip(self.splits, self.parts, strict=True):
@@ -62,7 +66,7 @@ class HubStream(StreamSource):
         features = next(iter(splits.values())).features
         if features is None:
             raise ValueError(f"{name!r} does not declare its columns, so it cannot be streamed; leave out ?streaming")
-        self.column, self.label, self.classes = _columns(features, name, medium)
+        self.column, self.label, self.text, self.classes = _columns(features, name, medium)
         self.stream: Any = datasets.concatenate_datasets(streams)
 
     def records(self) -> Iterator[tuple[int, Record]]:
@@ -72,7 +76,8 @@ class HubStream(StreamSource):
                 continue
             label = row[self.label] if self.label else None
             label = label if isinstance(label, int) else -1  # names of string labels are not known before the end
-            yield position, Record(_bytes(row[self.column]), label, name)
+            texts = captions(row[self.text]) if self.text else ()
+            yield position, Record(_bytes(row[self.column]), label, name, texts=texts)
 
 
 def open_hub(source: str, split: str, holdout: float, medium: Medium = IMAGE) -> Source:
@@ -107,8 +112,8 @@ def _load(source: str, name: str, config: str | None, streaming: bool) -> dict[s
     return {str(key): part for key, part in loaded.items()}  # type: ignore[union-attr]
 
 
-def _columns(features: Any, name: str, medium: Medium) -> tuple[str, str | None, tuple[str, ...]]:
-    """(column of `medium`, label column or None, class names)."""
+def _columns(features: Any, name: str, medium: Medium) -> tuple[str, str | None, str | None, tuple[str, ...]]:
+    """(column of `medium`, label column or None, column of captions or None, class names)."""
     import datasets
 
     found = [c for c, kind in features.items() if type(kind).__name__ == medium.feature]
@@ -118,7 +123,8 @@ def _columns(features: Any, name: str, medium: Medium) -> tuple[str, str | None,
         raise ValueError(f"{name!r} has no {medium.noun} column, only {', '.join(features)}")
     label = next((c for c in LABEL_COLUMNS if _names_a_class(features.get(c))), None)
     kind = features[label] if label else None
-    return found[0], label, tuple(kind.names or ()) if isinstance(kind, datasets.ClassLabel) else ()
+    text = next((c for c in TEXT_COLUMNS if _holds_texts(features.get(c))), None)
+    return found[0], label, text, tuple(kind.names or ()) if isinstance(kind, datasets.ClassLabel) else ()
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -126,6 +132,14 @@ def _holds_bytes(kind: Any) -> bool:
 
     kind = kind.get("bytes") if isinstance(kind, dict) else kind
     return isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
+
+
+def _holds_texts(kind: Any) -> bool:
+    """Strings, or lists of them, which `datasets` declares as [kind] or as an object with the kind as its feature."""
+    import datasets
+
+    kind = kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)
+    return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
 
 
 def _names_a_class(kind: Any) -> bool:

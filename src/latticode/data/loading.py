@@ -14,7 +14,7 @@ from latticode.data.media import Preparation
 from latticode.data.order import IndexStream, chunks, prefetch, shuffled
 from latticode.data.records import Record, Source, StreamSource
 from latticode.data.tokens import TokenDataset
-from latticode.types import Batch, CodeBatch
+from latticode.types import Batch, CodeBatch, Texts
 from latticode.values import to_float
 
 
@@ -171,14 +171,15 @@ class Loader:
         return len(held), [row for row in rows if row is not None]
 
     def _collate(self, rows: list[Row], flips: np.ndarray | None = None) -> Batch:
-        values, labels, indices = zip(*rows, strict=True)
+        values, labels, indices, texts = zip(*rows, strict=True)
         if len(shapes := {array.shape for array in values}) > 1:
             sizes = " and ".join("x".join(map(str, shape[1:])) for shape in sorted(shapes)[:2])
             medium = self.preprocess.medium
             raise ValueError(
                 f"the {medium.noun}s of one batch differ in size ({sizes}); give the preprocessing a {medium.sized}"
             )
-        return _to_batch(np.stack(values), np.asarray(labels, np.int64), np.asarray(indices, np.int64), flips)
+        labels, indices = np.asarray(labels, np.int64), np.asarray(indices, np.int64)
+        return _to_batch(np.stack(values), labels, texts if any(texts) else (), indices, flips)
 
 
 class TokenLoader:
@@ -201,13 +202,16 @@ class TokenLoader:
                 yield self._batch(np.fromiter(run, np.int64))
 
     def _batch(self, indices: np.ndarray) -> CodeBatch:
-        return CodeBatch(self.tokens.codes(indices), self.tokens.labels[torch.from_numpy(indices)])
+        labels = self.tokens.labels[torch.from_numpy(indices)]
+        return CodeBatch(self.tokens.codes(indices), labels, self.tokens.texts(indices))
 
 
-def _to_batch(values: np.ndarray, labels: np.ndarray, indices: np.ndarray, flips: np.ndarray | None) -> Batch:
+def _to_batch(
+    values: np.ndarray, labels: np.ndarray, texts: Texts, indices: np.ndarray, flips: np.ndarray | None
+) -> Batch:
     """`values` (B, C, *size), owned by the batch: uint8 pixels or float32."""
     if flips is not None and flips.any():
         values[flips] = values[flips][..., ::-1]
     inputs = torch.from_numpy(values)
     inputs = to_float(inputs) if inputs.dtype == torch.uint8 else inputs
-    return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(indices))
+    return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(indices), texts)

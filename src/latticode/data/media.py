@@ -1,4 +1,4 @@
-"""The three kinds of data, and what turning a record of any of them into an example of a batch means."""
+"""The kinds of data, and what turning a record of any of them into an example of a batch means."""
 
 from __future__ import annotations
 
@@ -32,12 +32,16 @@ class Medium:
     columns: tuple[str, ...]  # of parquet files and Hub sets
     feature: str  # the type that `datasets` declares such a column to have
     sized: str  # the settings that give all of them one size
+    maps: tuple[str, ...] = ()  # of files beside each, as PHOTO.depth.png beside PHOTO.jpg, that hold its label maps
 
     def holds(self, file: str) -> bool:
-        return file.rpartition(".")[2].lower() in self.endings
+        return file.rpartition(".")[2].lower() in self.endings and not f".{file.lower()}".endswith(
+            tuple(f".{ending}" for ending in self.maps)
+        )
 
 
 IMAGE = Medium("image", "image", PHOTOS + OTHERS, ("image", "img", "jpg", "png", "picture", "photo"), "Image", "size")
+DENSE = replace(IMAGE, name="dense")  # a preparation says which maps
 AUDIO = Medium(
     "audio", "recording", ("wav", "flac", "ogg"), ("audio", "sound", "wav", "flac", "speech"), "Audio", "length"
 )
@@ -51,7 +55,7 @@ class Preparation(ABC):
     """
 
     medium: ClassVar[Medium]
-    dtype: ClassVar[type] = np.uint8  # of what `arrange` returns; uint8 stands for pixels
+    dtype: ClassVar[type] = np.uint8  # of what `arrange` returns; uint8 stands for pixels, which become floats
     channels: int
     flip: bool  # training mirrors the last axis of half of the examples; the loader draws which
 
@@ -91,7 +95,7 @@ class Preparation(ABC):
 
     def record(self) -> dict[str, Any]:
         """A description that goes into run and token files; `from_record` reads it. Images, the first, have no kind."""
-        kind = {} if self.medium is IMAGE else {"kind": self.medium.name}
+        kind = {} if type(self).medium is IMAGE else {"kind": type(self).medium.name}
         return {**kind, **asdict(self), "range": VALUE_RANGE}  # type: ignore[call-overload]
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from latticode.data.media import IMAGE, Medium
-from latticode.data.records import Record, Source, number_labels, select
+from latticode.data.records import TEXT_COLUMNS, Record, Source, captions, number_labels, select
 
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "target", "fine_label")
 CACHE_BYTES = 512 * 2**20  # of encoded row groups kept in memory
@@ -28,11 +28,12 @@ class ParquetSource(Source):
         import pyarrow.parquet as pq
 
         self.name, self.files = name, files
-        self._cache: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()
         self._lock = threading.Lock()
         raw: list[int | str | None] = []
         starts, places = [0], []  # the first row of each row group, and (file, group within it)
         self.rows_of: list[int] = []
+        self.text_columns: list[str | None] = []  # of each file
         names: tuple[str, ...] = ()
         for number, path in enumerate(files):
             try:
@@ -44,6 +45,7 @@ class ParquetSource(Source):
                 features = _features(schema.metadata)
                 self.column = _column(schema, features, path, medium)
                 label = next((c for c in LABEL_COLUMNS if _names_a_class(schema, c)), None)
+                self.text_columns.append(next((c for c in TEXT_COLUMNS if _holds_texts(schema, c)), None))
                 rows = metadata.num_rows
                 raw += file.read([label])[label].to_pylist() if label else [None] * rows
                 names = names or tuple(features.get(label or "", {}).get("names") or ())
@@ -62,15 +64,17 @@ class ParquetSource(Source):
 
     def __getitem__(self, i: int) -> Record:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1
-        content = self._group(self._places[group])[i - int(self._starts[group])].as_py()
-        return Record(content or b"", int(self.labels[i]), self.name_of(i))
+        contents, texts = self._group(self._places[group])
+        row = i - int(self._starts[group])
+        found = () if texts is None else captions(texts[row].as_py())
+        return Record(contents[row].as_py() or b"", int(self.labels[i]), self.name_of(i), texts=found)
 
     def name_of(self, i: int) -> str:
         file = int(np.searchsorted(self._first, i, side="right")) - 1
         return f"{self.files[file].stem}/{i - int(self._first[file]):08d}"
 
-    def _group(self, place: tuple[int, int]) -> Any:
-        """The encoded contents of a row group, an arrow array of binaries."""
+    def _group(self, place: tuple[int, int]) -> tuple[Any, Any]:
+        """Arrow arrays of a row group: its encoded contents, binaries, and its captions or None."""
         import pyarrow.parquet as pq
         from pyarrow import types
 
@@ -78,15 +82,18 @@ class ParquetSource(Source):
             if place in self._cache:
                 self._cache.move_to_end(place)
                 return self._cache[place]
+        text = self.text_columns[place[0]]
         with pq.ParquetFile(self.files[place[0]]) as file:
-            column = file.read_row_group(place[1], columns=[self.column])[self.column]
+            table = file.read_row_group(place[1], columns=[self.column, *([text] if text else [])])
+        column = table[self.column]
         if types.is_struct(column.type):
             column = column.flatten()[column.type.get_field_index("bytes")]
+        group = column, table[text] if text else None
         with self._lock:
-            self._cache[place] = column
-            while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > CACHE_BYTES:
+            self._cache[place] = group
+            while len(self._cache) > 1 and sum(c.nbytes for c, _ in self._cache.values()) > CACHE_BYTES:
                 self._cache.popitem(last=False)
-        return column
+        return group
 
 
 def open_parquet(
@@ -114,6 +121,16 @@ def _names_a_class(schema: Any, column: str) -> bool:
     kind = schema.field(column).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+
+
+def _holds_texts(schema: Any, column: str) -> bool:
+    from pyarrow import types
+
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    kind = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _column(schema: Any, features: dict[str, Any], path: Path, medium: Medium) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SPLITS = ("train", "test", "all")
+TEXT_COLUMNS = ("captions", "caption", "text")
+LabelMap = bytes | np.ndarray | Callable[[], np.ndarray]  # an encoded file; (H, W); what decodes it
 MAX_CLASSES = 1_000_000  # a larger integer in a label column is an identifier, not a class
 
 
@@ -25,6 +27,8 @@ class Record:
     label: int  # -1 = none
     name: str  # unique within the source
     frames: int = 0  # of a clip that is stored as one picture, side by side
+    texts: tuple[str, ...] = ()  # its captions
+    maps: Mapping[str, LabelMap] = field(default_factory=dict)  # its label maps, by the ending of their file
 
 
 class Source(ABC):
@@ -100,6 +104,14 @@ class ArraySource(Source):
 
     def name_of(self, i: int) -> str:
         return self.names[i]
+
+
+def captions(stored: Any) -> tuple[str, ...]:
+    """The captions in what a source stores: one per line of a file or member, a string, a list of them, or nothing."""
+    if isinstance(stored, bytes):
+        stored = stored.decode("utf-8", "replace").splitlines()
+    found = [stored] if isinstance(stored, str) else stored or []
+    return tuple(text.strip() for text in found if text and text.strip())
 
 
 def is_held_out(name: str, holdout: float) -> bool:

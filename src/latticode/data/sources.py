@@ -5,8 +5,8 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from latticode.data import embedded, folders, hub, idx, parquet, webdataset
-from latticode.data.media import IMAGE, Medium
+from latticode.data import coco, embedded, folders, hub, idx, parquet, webdataset
+from latticode.data.media import DENSE, IMAGE, Medium
 from latticode.data.records import SPLITS, Record, Source, StreamSource, part_of
 
 __all__ = ["FORMS", "Record", "Source", "StreamSource", "open_source"]
@@ -16,6 +16,7 @@ FORMS = (
     "a *.parquet file or a folder of them",
     "a *.tar WebDataset shard, a folder of them, or a pattern such as 'shards/train-*.tar'",
     "a folder of idx files (train-images-idx3-ubyte.gz ...)",
+    "COCO's panoptic annotations: their folder or one of the *.json files",
     "hub:owner/name or hub:owner/name?streaming",
     *(f"embedded:{name}" for name in sorted(embedded.SETS)),
 )
@@ -33,14 +34,17 @@ def open_source(source: str, split: str = "train", *, holdout: float = 0.1, medi
     if not 0 < holdout < 1:
         raise ValueError(f"holdout must lie strictly between 0 and 1, got {holdout}")
     if source.startswith("hub:"):
+        _without_maps(source, medium)
         return hub.open_hub(source, split, holdout, medium)
     if source.startswith("embedded:"):
         name = source.removeprefix("embedded:")
         if name not in embedded.SETS:
             raise ValueError(_unknown(source, f"embedded are {', '.join(sorted(embedded.SETS))}"))
         kind, opener = embedded.SETS[name]
-        if kind is not medium:
+        if kind.noun != medium.noun:
             raise ValueError(f"{source} holds {kind.noun}s, not {medium.noun}s: data.kind={kind.name} reads it")
+        if kind is not DENSE:
+            _without_maps(source, medium)
         return opener(source, split, holdout)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -59,6 +63,8 @@ def open_source(source: str, split: str = "train", *, holdout: float = 0.1, medi
 def _open_folder(source: str, folder: Path, split: str, holdout: float, medium: Medium) -> Source:
     if medium is IMAGE and (files := idx.find(folder)):
         return idx.open_idx(source, files, split, holdout)
+    if medium.maps and (files := coco.find(folder)):
+        return coco.open_coco(source, files, split, holdout, medium)
     for suffix in (".parquet", ".tar"):
         if shards := sorted(file for file in folder.iterdir() if file.suffix == suffix and file.is_file()):
             return _open_files(source, shards, [part_of(shard.name) for shard in shards], split, holdout, medium)
@@ -70,13 +76,24 @@ def _open_files(
 ) -> Source:
     """`parts` is the split that each file's name says; a file that the user named alone says none."""
     suffixes = {file.suffix.lower() for file in files}
+    if suffixes == {".json"}:
+        return coco.open_coco(source, files, split, holdout, medium)
     if suffixes == {".parquet"}:
+        _without_maps(source, medium)
         return parquet.open_parquet(source, files, parts, split, holdout, medium)
     if suffixes == {".tar"}:
         return webdataset.open_tars(source, files, parts, split, holdout, medium)
     if len(files) == 1 and medium.holds(files[0].name):
-        return folders.open_file(source, files[0])
+        return folders.open_file(source, files[0], medium)
     raise ValueError(_unknown(source, f"no reader of {medium.noun}s for {', '.join(sorted(suffixes)) or 'it'}"))
+
+
+def _without_maps(source: str, medium: Medium) -> None:
+    if medium.maps:
+        raise ValueError(
+            f"{source!r} has no label maps ({', '.join(medium.maps)}); they are read from folders, tar files, COCO's "
+            "panoptic annotations and embedded:shapes"
+        )
 
 
 def _unknown(source: str, reason: str) -> str:

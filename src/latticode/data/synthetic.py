@@ -1,4 +1,4 @@
-"""Small made-up sets, the same on every machine: for trying sound and video out, and for tests."""
+"""Small made-up sets, the same on every machine: for trying sound, video and dense tasks out, and for tests."""
 
 from __future__ import annotations
 
@@ -60,3 +60,52 @@ class MovingDigits(Source):
 
     def name_of(self, i: int) -> str:
         return f"moving-{self.digits.name_of(i)}"
+
+
+class Shapes(Source):
+    """Photographs of a room, 64x64: balls and boxes on a chequered floor before a wall, nearer ones in front.
+
+    Label maps: "depth.png" in millimetres (0 = not measured), "sem.png" (`NAMES` in this order) and "inst.png" (0 =
+    none). At the rims of things nothing is measured, and the class is `VOID`: sensors and annotators are unsure there.
+    """
+
+    NAMES, VOID = ("floor", "wall", "ball", "box"), 4
+    COUNT, SIDE, HORIZON, FOCAL, EYE = 300, 64, 20, 60.0, 1.5  # pixels; the eye is 1.5 m above the floor
+    classes = ()
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __len__(self) -> int:
+        return self.COUNT
+
+    def name_of(self, i: int) -> str:
+        return f"shapes/{i:04d}"
+
+    def __getitem__(self, i: int) -> Record:
+        rng = np.random.default_rng(i)
+        y, x = np.mgrid[: self.SIDE, : self.SIDE] + 0.5
+        x, y = (x - self.SIDE / 2) / self.FOCAL, (y - self.HORIZON) / self.FOCAL  # of the rays, to the right and down
+        wall, tints = rng.uniform(4, 7), rng.uniform(0.3, 1, (3, 3))  # metres; colours of wall, floor, other tiles
+        depth = np.minimum(wall, self.EYE / np.maximum(y, 1e-6))
+        semantic, instance, sure = np.where(depth == wall, 1, 0), np.zeros(depth.shape, int), depth > 0
+        tile = (np.floor(x * depth) + np.floor(depth)).astype(int) % 2
+        colour = np.where(semantic[..., None], tints[0], tints[1 + tile])
+        for number, distance in enumerate(np.sort(rng.uniform(1.5, wall - 0.5, rng.integers(2, 6)))[::-1], 1):
+            is_box, radius, tint = rng.random() < 0.5, rng.uniform(0.2, 0.5), rng.uniform(0.3, 1, 3)
+            across = (x * distance - rng.uniform(-0.5, 0.5) * distance) / radius  # -1 .. 1 on it
+            down = (y * distance - self.EYE + radius) / radius
+            reach = np.maximum(abs(across), abs(down)) if is_box else np.hypot(across, down)
+            facing = np.ones_like(reach) if is_box else np.sqrt(np.maximum(0, 1 - reach**2))
+            light = 0.25 + 0.75 * np.clip(0.8 * facing - 0.3 * across - 0.4 * down, 0, 1)  # from above on the left
+            on = reach <= 1
+            colour[on], depth[on] = (tint * light[..., None])[on], (distance - radius * facing)[on]
+            semantic[on], instance[on] = 2 + is_box, number
+            sure = np.where(reach <= 1.1, reach < 0.9, sure)
+        dimmed = 255 * colour * np.exp(-depth / 10)[..., None] + rng.normal(0, 3, colour.shape)
+        maps = {
+            "depth.png": np.rint(1000 * depth * sure).astype(np.uint16),
+            "sem.png": np.where(sure, semantic, self.VOID).astype(np.uint8),
+            "inst.png": (instance * sure).astype(np.uint8),
+        }
+        return Record(np.clip(np.rint(dimmed), 0, 255).astype(np.uint8), -1, self.name_of(i), maps=maps)

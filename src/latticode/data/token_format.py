@@ -5,7 +5,8 @@
                          the manifest says grid null, ragged: (positions of all n records one after another, K)
     labels-00000.npy     (n,) int64, -1 = none
     names-00000.jsonl    {"name": ..., "size": [H, W]} per record; clips [T, H, W], recordings [T];
-                         before any padding. With "grid": [h, w] in a ragged shard
+                         before any padding. With "grid": [h, w] in a ragged shard, and "texts": [...] where the source
+                         has captions; the manifest then says texts true of the shard
 
 File names follow from the shard number, so a manifest can point at nothing outside its folder. Every file is written to
 a temporary name and renamed, the manifest after the shard it lists: whatever the manifest names is whole.

@@ -25,6 +25,7 @@ from latticode.data.token_format import (
     smallest_dtype,
 )
 from latticode.files import replacing, write_text
+from latticode.types import Texts
 
 
 class UnfinishedError(ValueError):
@@ -78,6 +79,7 @@ class TokenWriter:
         self._codes: list[np.ndarray] = []  # one (*grid, K) per record of the unfinished shard
         self._labels: list[int] = []
         self._lines: list[str] = []
+        self._told = False  # whether one of them has captions
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).exists():
             if not resume:
@@ -96,23 +98,27 @@ class TokenWriter:
         labels: Tensor,  # (B,)
         names: Sequence[str],
         sizes: Sequence[Sequence[int]],  # (H, W), (T, H, W) or (T,) before padding
+        texts: Texts = (),  # all captions of each record; () = none at all
     ) -> None:
         """Append B records. Raises ValueError for codes outside `vocab` or of another K, and for unequal lengths."""
+        texts = texts or ((),) * len(names)
         if codes.ndim < 2 or codes.shape[-1] != len(self.vocab):
             raise ValueError(f"codes must be (B, *grid, {len(self.vocab)}), got {tuple(codes.shape)}")
-        if not len(codes) == len(labels) == len(names) == len(sizes):
+        if not len(codes) == len(labels) == len(names) == len(sizes) == len(texts):
             counts = f"{len(codes)} codes, {len(labels)} labels, {len(names)} names, {len(sizes)} sizes"
-            raise ValueError(f"one label, name and size per record, got {counts}")
+            raise ValueError(f"one label, name, size and set of texts per record, got {counts}, {len(texts)} texts")
         array = codes.detach().cpu().numpy()
         check_codes(array, self.vocab, "the tokenizer")
         array = array.astype(self._dtype)
-        for row, label, name, size in zip(array, labels.tolist(), names, sizes, strict=True):
+        for row, label, name, size, told in zip(array, labels.tolist(), names, sizes, texts, strict=True):
             if self._codes and self._codes[0].shape != row.shape and not self.ragged:
                 self._finish_shard()
             self._codes.append(row)
             self._labels.append(int(label))
             line: dict[str, Any] = {"name": name, "size": [int(n) for n in size]}
-            self._lines.append(json.dumps(line | {"grid": list(row.shape[:-1])} if self.ragged else line))
+            line |= ({"grid": list(row.shape[:-1])} if self.ragged else {}) | ({"texts": list(told)} if told else {})
+            self._told |= bool(told)
+            self._lines.append(json.dumps(line))
             if len(self._codes) == self.shard_size:
                 self._finish_shard()
 
@@ -162,10 +168,11 @@ class TokenWriter:
                 write(file)
             files[kind] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         grid, count = None if self.ragged else list(codes.shape[1:-1]), len(labels)
-        self.manifest["shards"].append({"count": count, "grid": grid, "dtype": codes.dtype.name, "files": files})
+        shard = {"count": count, "grid": grid, "dtype": codes.dtype.name, "files": files}
+        self.manifest["shards"].append(shard | ({"texts": True} if self._told else {}))
         self.manifest["count"] += count
         self._save_manifest()
-        self._codes, self._labels, self._lines = [], [], []
+        self._codes, self._labels, self._lines, self._told = [], [], [], False
 
     def _save_manifest(self) -> None:
         write_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
@@ -208,6 +215,7 @@ class TokenDataset:
         self._starts = [0, *accumulate(shard["count"] for shard in shards)]
         self._lines = lru_cache(maxsize=4)(self._read_lines)
         self._firsts = lru_cache(maxsize=4)(self._read_firsts)
+        self._texts = lru_cache(maxsize=None)(self._read_texts)  # all stay: training asks for any in turn
         shapes = [(self._firsts(n)[-1],) if g is None else (shards[n]["count"], *g) for n, g in enumerate(self._grids)]
         self._codes = [self._load("codes", n, (*shape, len(self.vocab))) for n, shape in enumerate(shapes)]
         labels = [self._load("labels", n, (s["count"],)) for n, s in enumerate(shards)]
@@ -265,6 +273,13 @@ class TokenDataset:
         check_codes(result, self.vocab, str(self.folder))
         return torch.from_numpy(result)
 
+    def texts(self, indices: Sequence[int] | np.ndarray | None = None) -> Texts:
+        """All captions of each of the given records (default: of all); () if the dataset has none at all."""
+        if not any(shard.get("texts") for shard in self.manifest["shards"]):
+            return ()
+        places = [(self._shard(int(i)), int(i)) for i in (range(len(self)) if indices is None else indices)]
+        return tuple(self._texts(shard)[i - self._starts[shard]] for shard, i in places)
+
     def name(self, i: int) -> str:
         return self._line(i)["name"]
 
@@ -284,6 +299,9 @@ class TokenDataset:
     def _read_lines(self, number: int) -> list[dict[str, Any]]:
         lines = (self.folder / FILES["names"].format(number)).read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+    def _read_texts(self, number: int) -> Texts:
+        return tuple(tuple(line.get("texts", ())) for line in self._read_lines(number))
 
     def _read_firsts(self, number: int) -> list[int]:
         """Where the records of a ragged shard begin among its rows, and where the last one ends."""

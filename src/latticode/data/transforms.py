@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from latticode.data.media import IMAGE, ContentError, Preparation
-from latticode.data.records import Record
+from latticode.data.records import LabelMap, Record
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,9 +34,29 @@ def decode_image(data: Image.Image | bytes | np.ndarray, name: str = "image") ->
     an animation the first frame is taken; the EXIF orientation is applied. Raises ImageError for anything unreadable
     and for more than MAX_PIXELS pixels.
     """
-    try:
+    with _blaming(name):
         image = _open(data)
         return _normalise(image if isinstance(data, np.ndarray) else _upright(image))
+
+
+def decode_numbers(data: LabelMap, name: str = "label map") -> np.ndarray:
+    """A picture of one channel as the integers that it stores, (H, W) int32: 16 bits stay what they are, and of a
+    palette the indices are taken. Raises ImageError as `decode_image` does, and for colours and floats."""
+    with _blaming(name):
+        if isinstance(data, bytes):
+            array = np.asarray(_upright(_open(data)))
+        else:
+            array = data if isinstance(data, np.ndarray) else data()
+        if array.ndim != 2 or array.dtype.kind not in "uib":
+            raise ImageError(f"a label map is one channel of integers, got {array.dtype} {array.shape}")
+        return array.astype(np.int32)
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Whatever goes wrong is an ImageError that begins with `name`."""
+    try:
+        yield
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # a boundary: on damaged files PIL's plugins raise nearly anything

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from latticode.data.media import IMAGE, VIDEO, Medium
-from latticode.data.records import Record, Source, number_labels, select
+from latticode.data.records import Record, Source, captions, number_labels, select
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where a record lies: `size` bytes at `offset` of shard `shard`, as `frames` side by side if it is a strip."""
+    """Where a record lies: `size` bytes at `offset` of shard `shard`, as `frames` side by side if it is a strip; its
+    captions ("txt") and label maps are the (bytes, offset) of `parts`."""
 
     shard: int
     offset: int
     size: int
     name: str
-    frames: int = 0
+    frames: int
+    parts: Mapping[str, tuple[int, int]]
 
 
 class TarSource(Source):
@@ -42,7 +45,12 @@ class TarSource(Source):
         member = self.members[i]
         with open(self.files[member.shard], "rb") as file:
             file.seek(member.offset)
-            return Record(file.read(member.size), int(self.labels[i]), member.name, member.frames)
+            content, parts = file.read(member.size), {}
+            for extension, (size, offset) in member.parts.items():
+                file.seek(offset)
+                parts[extension] = file.read(size)
+        texts = captions(parts.pop("txt", None))
+        return Record(content, int(self.labels[i]), member.name, member.frames, texts, parts)
 
     def name_of(self, i: int) -> str:
         return self.members[i].name
@@ -61,8 +69,8 @@ def _index(shard: int, path: Path, medium: Medium) -> list[tuple[Member, int | s
 
     A sample is the members that share everything before the first dot of the file name. Its content is the member whose
     whole extension is of `medium` (for images KEY.jpg, not KEY.seg.png), or, where there is none, the first that ends
-    like one. A clip may also be an image of its frames side by side, with their number as "frames" in KEY.json. The
-    label is in KEY.cls, or "label" or "class" in KEY.json.
+    like one and is no label map. A clip may also be an image of its frames side by side, with their number as "frames"
+    in KEY.json. The label is in KEY.cls, or "label" or "class" in KEY.json; the captions are the lines of KEY.txt.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     labels: dict[str, int | str | None] = {}
@@ -90,17 +98,19 @@ def _index(shard: int, path: Path, medium: Medium) -> list[tuple[Member, int | s
     found = []
     for key, members in samples.items():
         kind = IMAGE if key in strips else medium
-        extension = next((e for e in members if e in kind.endings), None) or next(filter(kind.holds, members), None)
+        content = list(filter(kind.holds, members))
+        extension = next((e for e in content if e in kind.endings), None) or next(iter(content), None)
         if extension is None:
             continue
-        info = members[extension]
-        if info.offset_data + info.size > length:
-            raise ValueError(
-                f"{path} is truncated: {info.name} ends at byte {info.offset_data + info.size} of {length}"
-            )
-        found.append(
-            (Member(shard, info.offset_data, info.size, f"{path.stem}/{key}", strips.get(key, 0)), labels.get(key))
-        )
+        info, beside = members[extension], {e: members[e] for e in ("txt", *medium.maps) if e in members}
+        for part in (info, *(beside[e] for e in medium.maps if e in beside)):
+            if part.offset_data + part.size > length:
+                raise ValueError(
+                    f"{path} is truncated: {part.name} ends at byte {part.offset_data + part.size} of {length}"
+                )
+        parts = {e: (part.size, part.offset_data) for e, part in beside.items()}
+        member = Member(shard, info.offset_data, info.size, f"{path.stem}/{key}", strips.get(key, 0), parts)
+        found.append((member, labels.get(key)))
     return found
 
 

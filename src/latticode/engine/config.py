@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from latticode import registry
-from latticode.data import AudioPreprocess, Preparation, Preprocess, VideoPreprocess
+from latticode.data import AudioPreprocess, DensePreprocess, Preparation, Preprocess, VideoPreprocess
 from latticode.engine.schedules import RAMP_KEYS, Ramp, at_end, ramps_in
 from latticode.registry import SpecError, nearest
 
@@ -105,13 +105,37 @@ class VideoData(DataConfig):
         return VideoPreprocess(self.size, self.frames, self.channels, self.resize, self.crop, self.flip, self.fps)
 
 
+class DenseData(DataConfig):
+    kind: Literal["dense"]
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="or height, width")
+    maps: tuple[str, ...] = Field(default=(), description="endings of the label maps' files, e.g. depth.png")
+    resize: str = "bicubic"
+    crop: str = "squash"
+    area: tuple[float, float] = Field(default=(0.05, 1.0), description="share of the picture that crop inception takes")
+    aspect: tuple[float, float] = Field(default=(0.75, 1.333), description="and its width / height")
+    flip: bool = False
+    largest: tuple[int, ...] = Field(default=(), description="number that each map may hold")
+
+    @property
+    def channels(self) -> int:
+        return 3 + len(self.maps)
+
+    def _preparation(self) -> Preparation:
+        return DensePreprocess(
+            self.size, self.maps, self.resize, self.crop, self.area, self.aspect, self.flip, self.largest
+        )
+
+
 def _kind_of(data: Any) -> Any:
     return data.get("kind", "image") if isinstance(data, Mapping) else getattr(data, "kind", None)
 
 
-DATA: dict[str, type[DataConfig]] = {"image": ImageData, "audio": AudioData, "video": VideoData}
+DATA: dict[str, type[DataConfig]] = {"image": ImageData, "audio": AudioData, "video": VideoData, "dense": DenseData}
 Data = Annotated[
-    Annotated[ImageData, Tag("image")] | Annotated[AudioData, Tag("audio")] | Annotated[VideoData, Tag("video")],
+    Annotated[ImageData, Tag("image")]
+    | Annotated[AudioData, Tag("audio")]
+    | Annotated[VideoData, Tag("video")]
+    | Annotated[DenseData, Tag("dense")],
     Discriminator(
         _kind_of, custom_error_type="kind", custom_error_message=f"data.kind must be one of {', '.join(DATA)}"
     ),
@@ -151,6 +175,9 @@ class RunConfig(_Section):
         default_factory=dict, description="by player, e.g. critic, where it differs from `optimizer`"
     )
     init_from: str | None = Field(default=None, description="run whose weights, and critic, training starts from")
+    init_parts: dict[str, str] = Field(
+        default_factory=dict, description="part of the model: RUN, or RUN:PART, whose weights it starts from"
+    )
     train_only: list[str] = Field(default_factory=list, description="parts of the model, e.g. decoder; others freeze")
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 64
@@ -296,7 +323,7 @@ def complete(config: RunConfig, *, classes: int, vocab: Iterable[int] = (), grid
     """Fill in what data and tokenizer determine (channels, classes, vocab, grid) where the recipe leaves it open."""
     content = config.model_dump(mode="json")
     known: dict[str, Any] = {
-        "in_channels": config.data.channels,
+        "in_channels": 3 if isinstance(config.data, DenseData) else config.data.channels,  # label maps are not seen
         "out_channels": config.data.channels,
         "channels": config.data.channels,
         "classes": classes,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,17 @@ import torch
 from rich.console import Console
 
 from latticode import distributed
-from latticode.data import Loader, TokenDataset, TokenLoader, open_source
+from latticode.data import Loader, Source, StreamSource, TokenDataset, TokenLoader, open_source
+from latticode.data.records import TEXT_COLUMNS
 from latticode.engine.config import ConfigError, RunConfig
 from latticode.engine.tokens import encode
+from latticode.pretrained import Pretrained
+from latticode.text import BPE
 from latticode.tokenizer import Tokenizer
 from latticode.types import Batch, CodeBatch
+from latticode.uvim import UViM
+
+CAPTIONS = 1_000_000  # that a vocabulary is learned from at the most
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,12 @@ class Feed:
     vocab: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
     tokenizer: Any = None  # of a prior
+    texts: Callable[[], Iterator[str]] = lambda: iter(())  # all captions of a prior's training images
 
 
 def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Console) -> Feed:
-    """The data of a run. A prior's images are encoded once, to `folder`/tokens, unless augmentation varies them."""
+    """The data of a run. A prior's images are encoded once, to `folder`/tokens, unless augmentation varies them or the
+    prior wants codes drawn anew at every look (`soft_labels`)."""
     data = config.data
     loader = open_loader(config, data.split, batch_size=config.batch_size, shard=True)
     held_out = open_loader(config, "all" if data.split == "all" else "test", batch_size=config.batch_size)
@@ -44,7 +55,9 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
     if config.kind != "prior":
         return Feed(loader.batches, held_out.epoch, loader.skipped, classes)
 
-    tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
+    tokenizer = Pretrained.from_pretrained(str(config.tokenizer)).to(device)
+    if not isinstance(tokenizer, Tokenizer | UViM):
+        raise ConfigError(f"{config.tokenizer} holds a {type(tokenizer).__name__}, not a Tokenizer")
     if tokenizer.channels != data.channels:
         raise ConfigError(f"the tokenizer takes {tokenizer.channels} channels, data.channels is {data.channels}")
     preprocess = data.preprocess()
@@ -54,8 +67,15 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
     grid = tokenizer.grid(preprocess.shape[1:])
     if distributed.rank() == 0:
         tokenizer.save_pretrained(folder / "tokenizer")  # a run stands on its own
-    if preprocess.flip or preprocess.windowed:
-        batches, skipped = _encoding(loader, tokenizer, device), loader.skipped
+    soft = config.spec.get("soft_labels", 0.0)
+    if isinstance(soft, Mapping):
+        raise ConfigError("prior.soft_labels cannot be a ramp: codes are drawn at one temperature")
+    guiding = isinstance(tokenizer, UViM)  # its codes are of use beside their images only
+    if soft and guiding:
+        raise ConfigError("prior.soft_labels needs a tokenizer that draws its codes, and uvim does not")
+    if preprocess.flip or preprocess.windowed or soft or guiding:
+        batches, skipped = _encoding(loader, tokenizer, device, soft), loader.skipped
+        texts = partial(_texts, loader.source)
     else:
         if distributed.rank() == 0:
             plain = open_loader(config, data.split, batch_size=config.batch_size)
@@ -65,7 +85,8 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
             torch.distributed.barrier()
         tokens = TokenDataset(folder / "tokens", expect_hash=tokenizer.fingerprint())
         batches, skipped = TokenLoader(tokens, config.batch_size, **stream).batches, tokens.manifest["skipped"]
-    return Feed(batches, held_out.epoch, skipped, classes, tokenizer.vocab, grid, tokenizer)
+        texts = partial(_texts, tokens)
+    return Feed(batches, held_out.epoch, skipped, classes, tokenizer.vocab, grid, tokenizer, texts)
 
 
 def open_loader(config: RunConfig, split: str, *, batch_size: int, shard: bool = False, whole: bool = False) -> Loader:
@@ -83,11 +104,47 @@ def open_loader(config: RunConfig, split: str, *, batch_size: int, shard: bool =
     )
 
 
-def _encoding(loader: Loader, tokenizer: Any, device: torch.device) -> Callable[[int], Iterator[CodeBatch]]:
+def _encoding(
+    loader: Loader, tokenizer: Any, device: torch.device, soft: float
+) -> Callable[[int], Iterator[CodeBatch]]:
+    """Batches that are encoded as they are wanted; `soft` > 0: with codes drawn at that temperature, and what from."""
+
     def batches(start: int) -> Iterator[CodeBatch]:
         for batch in loader.batches(start):
-            with torch.inference_mode():
-                codes = tokenizer.encode(batch.inputs.to(device)).cpu()
-            yield CodeBatch(codes.clone(), batch.labels)
+            inputs = batch.inputs.to(device)
+            with torch.no_grad():  # not inference_mode, whose tensors no loss may keep for its backward pass
+                codes, p = tokenizer.soften(inputs, soft) if soft else (tokenizer.encode(inputs), None)
+                images = tokenizer.image(inputs) if isinstance(tokenizer, UViM) else None
+            yield CodeBatch(codes, batch.labels, batch.texts, p, images)
 
     return batches
+
+
+def _texts(data: TokenDataset | Source) -> Iterator[str]:
+    """All captions. Files are read for them but not decoded; the loader tells of those that cannot be read."""
+    if isinstance(data, TokenDataset):
+        yield from chain.from_iterable(data.texts())
+    elif isinstance(data, StreamSource):
+        for _, record in data.records():
+            yield from record.texts
+    else:
+        for i in range(len(data)):
+            with suppress(OSError):
+                yield from data[i].texts
+
+
+def learn_vocabulary(model: Any, feed: Feed) -> None:
+    """Let the byte pairs of a prior that reads text learn from the captions that it trains on, if they are not learned
+    yet. Raises ConfigError if there are no captions."""
+    if getattr(model, "text", None) is None:
+        return
+    texts = islice(feed.texts(), CAPTIONS)
+    first = next(texts, None)
+    if first is None:
+        raise ConfigError(
+            "the prior reads text and data.source has no captions; it takes them from a parquet column "
+            f"{', '.join(TEXT_COLUMNS)}, or NAME.txt beside NAME.jpg in a folder or tar file"
+        )
+    for part in model.modules():
+        if isinstance(part, BPE) and not part.fitted:
+            part.fit(chain([first], texts))

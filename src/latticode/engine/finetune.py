@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from latticode import registry
 from latticode.engine.checkpoint import STATE
-from latticode.engine.config import ConfigError, differences
+from latticode.engine.config import ConfigError, RunConfig, differences
 from latticode.pretrained import load_model, load_tensors
 
 
@@ -35,6 +36,34 @@ def start_from(
     saved = load_tensors(run / STATE)[0] if (run / STATE).is_file() else {}
     paths = {module: path for path, module in objective.named_modules()}
     return {name: _restore(module, saved, paths[module]) for name, module in players.items() if module is not model}
+
+
+def trained_objective(run: Path, config: RunConfig) -> Any:
+    """The objective of `run` in eval mode, with what it has trained of its own, e.g. a head or a critic."""
+    objective = registry.build(config.objective)
+    prefix = "module/objective/"
+    saved = load_tensors(run / STATE)[0]
+    objective.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
+    return objective.eval()
+
+
+def parts_from(parts: Mapping[str, str], model: nn.Module) -> None:
+    """Give parts of `model` the (averaged) weights of parts of other runs or folders of `save_pretrained`.
+
+    {"encoder": "RUN"} takes the part of the same name, {"encoder": "RUN:classifier.trunk"} another one. Raises
+    ConfigError for a run or part that is not there and for weights that do not fit.
+    """
+    for name, source in parts.items():
+        run, _, path = source.partition(":")
+        try:
+            theirs = load_model(Path(run)).get_submodule(path or name).state_dict()
+            ours = model.get_submodule(name)
+        except (OSError, AttributeError) as error:
+            raise ConfigError(f"init_parts.{name}={source}: {error}") from None
+        old, new = ({k: list(v.shape) for k, v in state.items()} for state in (theirs, ours.state_dict()))
+        if differ := differences(old, new):
+            raise ConfigError(f"init_parts.{name}={source} does not fit: {differ}")
+        ours.load_state_dict(theirs)
 
 
 def _restore(module: nn.Module, saved: Mapping[str, Tensor], path: str) -> bool:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from latticode import distributed, registry
 from latticode.engine.checkpoint import cut_lines, load_state, save_state, saved_step
 from latticode.engine.config import ConfigError, OptimizerConfig, RunConfig, check_resumed, complete, to_yaml
-from latticode.engine.feed import open_feed
-from latticode.engine.finetune import Parts, start_from
+from latticode.engine.feed import learn_vocabulary, open_feed
+from latticode.engine.finetune import Parts, parts_from, start_from
 from latticode.engine.monitor import Monitor
 from latticode.engine.progress import progress
 from latticode.engine.schedules import Schedules, check_movable
@@ -159,11 +159,15 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     objective.weights = schedules.weights
     parts = Parts(model, config.train_only)
     players = objective.players(model)
+    if not saved_step(folder):
+        parts_from(config.init_parts, model)
     if config.init_from and not saved_step(folder):
         for name, restored in start_from(Path(config.init_from), model, objective, players, moved).items():
             if main:
                 told = "goes on from" if restored else "starts afresh, not from"
                 console.print(f"{name}: {told} {config.init_from}", markup=False, soft_wrap=True)
+    if not saved_step(folder):
+        learn_vocabulary(model, feed)
     for tensor in [*model.parameters(), *model.buffers(), *objective.parameters(), *objective.buffers()]:
         distributed.broadcast(tensor.data)
     settings = settings_of(config, players)
@@ -201,7 +205,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     def look(step: int) -> None:
         assert monitor is not None
         with average.applied():
-            monitor.watch(step, model)
+            monitor.watch(step, model, objective)
 
     parts.train()
     objective.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import date
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from latticode.engine.checkpoint import append_line
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import Feed
 from latticode.files import write_text
+from latticode.objectives import Objective
 from latticode.outputs import metrics_of, preview
 from latticode.pictures import grid_image, save_png, side_by_side
-from latticode.types import Conditioning
+from latticode.types import Batch, CodeBatch, Sampling, first_texts
+from latticode.uvim import UViM
+from latticode.values import to_uint8
 
 PICTURED, SAMPLED = 16, 32
 
@@ -40,12 +44,14 @@ class Monitor:
         self.writer.flush()
 
     @torch.inference_mode()
-    def watch(self, step: int, model: Any) -> None:
-        """Score `model` on the held-out batch and draw what it does."""
+    def watch(self, step: int, model: Any, objective: Objective) -> None:
+        """Score `model` and what `objective` has trained on the held-out batch and draw what the model does."""
         if self.batch is None:
             return
         batch = self.batch.to(next(model.parameters()).device)
-        if self.config.kind == "tokenizer":
+        if isinstance(uvim := model if self.config.kind == "tokenizer" else self.feed.tokenizer, UViM):
+            values = self._guided(step, batch, model, uvim, objective)
+        elif self.config.kind == "tokenizer":
             result = model(batch.inputs)
             metrics = metrics_of(self.preprocess)
             metrics.update(batch.inputs, result.output)
@@ -55,17 +61,36 @@ class Monitor:
             below, _ = preview(result.output[:PICTURED], self.preprocess)
             self._picture(step, "reconstructions", side_by_side(above, below, columns))
         elif self.config.kind == "prior":
-            cond = Conditioning(batch.labels) if model.classes else None
+            firsts = first_texts(batch.texts, len(batch.inputs))
+            cond = model.condition(batch.labels, firsts)
             codes = self.feed.tokenizer.encode(batch.inputs)
             values = {"compression_cost": float(model.bits(codes, cond).mean()) / codes[0].numel()}
+            values |= objective.scores(model, CodeBatch(codes, batch.labels))
             labels = torch.arange(SAMPLED, device=batch.labels.device) % max(model.classes, 1)
-            sampled = model.sample(SAMPLED, Conditioning(labels) if model.classes else None, seed=self.config.seed)
+            asked = tuple(islice(cycle(firsts), SAMPLED))
+            sampled = model.sample(SAMPLED, model.condition(labels, asked), seed=self.config.seed)
             size = self.preprocess.shape[1:] if self.preprocess.shape else None
             pictures, columns = preview(self.feed.tokenizer.decode(sampled, size), self.preprocess)
             self._picture(step, "samples", grid_image(pictures, columns))
         else:
             values = {"accuracy": float((model(batch.inputs).argmax(1) == batch.labels).float().mean())}
         self.log(step, {f"val/{k}": v for k, v in values.items()})
+
+    def _guided(self, step: int, batch: Batch, model: Any, uvim: UViM, objective: Objective) -> dict[str, float | None]:
+        """Score and draw predictions by the oracle's code, or by the likeliest code of a prior of it."""
+        codes, image, values = uvim.encode(batch.inputs), uvim.image(batch.inputs), {}
+        if model is not uvim:
+            cond = model.condition(images=image)
+            values["compression_cost"] = float(model.bits(codes, cond).mean()) / codes[0].numel()
+            values |= objective.scores(model, CodeBatch(codes, batch.labels, images=image))
+            codes = model.sample(len(codes), cond, sampling=Sampling(temperature=0.0))
+        prediction = uvim.task.predict(uvim.solve(image, codes), image)
+        metrics = uvim.task.metrics()
+        metrics.update(prediction, batch.inputs)
+        scores = metrics.compute()
+        above, below = to_uint8(image[:PICTURED]), uvim.task.picture(prediction[:PICTURED])
+        self._picture(step, "predictions", side_by_side(above.cpu().numpy(), np.asarray(below.cpu()), 8))
+        return values | {name: scores[name] for name in metrics.shown}
 
     def _picture(self, step: int, kind: str, image: Any) -> None:
         save_png(self.folder / "images" / f"{kind}-{step:06d}.png", image)

@@ -62,7 +62,7 @@ def encode(
                 pending.result()
             names = [loader.source.name_of(int(i)) for i in batch.indices]
             sizes = [tuple(batch.inputs.shape[2:])] * len(names)
-            pending = pool.submit(writer.write, codes, batch.labels, names, sizes)
+            pending = pool.submit(writer.write, codes, batch.labels, names, sizes, batch.texts)
             done += len(names)
             advance(done)
         if pending:

@@ -1,4 +1,5 @@
-"""A pre-norm transformer. B batch, L sequence, M new positions, D width, H heads, E = D / H width of a head.
+"""A pre-norm transformer. B batch, L sequence, M new positions, D width, H heads, E = D / H width of a head, S states
+of a context and C their width.
 
 Norms come before attention and MLP, so the residual stream is an identity path from embedding to output and a fast run
 needs no long warm-up (2002.04745). BERT and MaskGIT put them after: about as good at a learning rate of 1e-3 in our toy
@@ -7,7 +8,7 @@ runs, but with this initialisation it did not train at 3e-3, where this layout g
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,33 @@ class Attention(nn.Module):
         return self.dropout(self.out(y_BHLE.transpose(1, 2).flatten(2)))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention to the S states of a context of width C; dropout as in `Attention`.
+
+    The context is (B, S, C), or what `read` has made of it. `mask` (B, S) is True where a state may be attended to; at
+    least one for each row.
+    """
+
+    def __init__(self, width: int, context: int, heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias)
+        self.kv = nn.Linear(context, 2 * width, bias)
+        self.out = nn.Linear(width, width, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def read(self, context_BSC: Tensor) -> Tensor:
+        """Keys and values (2, B, H, S, E), which are the same for every query."""
+        return self.kv(context_BSC).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x_BLD: Tensor, context: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        q_BHLE = self.q(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_BHSE, v_BHSE = (self.read(context) if context.ndim == 3 else context).unbind(0)
+        mask = None if mask_BS is None else mask_BS[:, None, None]
+        y_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BHSE, v_BHSE, attn_mask=mask)
+        return self.dropout(self.out(y_BHLE.transpose(1, 2).flatten(2)))
+
+
 class MLP(nn.Module):
     """Two linear layers around a GELU; `ratio` is hidden width over width."""
 
@@ -98,17 +126,22 @@ def norm_of(style: str, width: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """x + attention(norm(x)), then x + mlp(norm(x)); between them, with a context of that width (0 = none), x +
+    cross_attention(norm(x), context), whose states are taken as they are (1706.03762's decoder).
 
     Style "gpt" has LayerNorm, GELU and biases; "llama" RMSNorm, SwiGLU and no biases (2302.13971).
     """
 
-    def __init__(self, width: int, heads: int, mlp: float = 4.0, dropout: float = 0.0, style: str = "gpt") -> None:
+    def __init__(
+        self, width: int, heads: int, mlp: float = 4.0, dropout: float = 0.0, style: str = "gpt", context: int = 0
+    ) -> None:
         super().__init__()
         if style not in STYLES:
             raise ValueError(f"unknown style {style!r} of a transformer; valid: {', '.join(STYLES)}")
         self.norm1 = norm_of(style, width)
         self.attention = Attention(width, heads, dropout, bias=style == "gpt")
+        self.norm_context = norm_of(style, width) if context else None
+        self.cross_attention = CrossAttention(width, context, heads, dropout, style == "gpt") if context else None
         self.norm2 = norm_of(style, width)
         self.mlp = (MLP if style == "gpt" else SwiGLU)(width, mlp, dropout)
 
@@ -120,28 +153,41 @@ class Block(nn.Module):
         is_causal: bool = False,
         rotary: Tensor | None = None,
         past: Past | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
         x_BLD = x_BLD + self.attention(self.norm1(x_BLD), mask, is_causal=is_causal, rotary=rotary, past=past)
+        if self.cross_attention is not None and self.norm_context is not None and context is not None:
+            x_BLD = x_BLD + self.cross_attention(self.norm_context(x_BLD), context, context_mask)
         return x_BLD + self.mlp(self.norm2(x_BLD))
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a final norm."""
+    """`depth` blocks and a final norm. With `context`, a width, each block attends to states (B, S, context) as well,
+    of which the mask (B, S) bool tells those that are there."""
 
     def __init__(
-        self, width: int, depth: int, heads: int, mlp: float = 4.0, dropout: float = 0.0, style: str = "gpt"
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp: float = 4.0,
+        dropout: float = 0.0,
+        style: str = "gpt",
+        context: int = 0,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth must be >= 1, got {depth}")
-        self.width, self.heads = width, heads
-        self.blocks = nn.ModuleList(Block(width, heads, mlp, dropout, style) for _ in range(depth))
+        self.width, self.heads, self.context = width, heads, context
+        self.blocks = nn.ModuleList(Block(width, heads, mlp, dropout, style, context) for _ in range(depth))
         self.norm = norm_of(style, width)
         self.apply(initialise)
-        with torch.no_grad():  # 2 * depth branches add up in the stream: keep its variance independent of depth (GPT-2)
+        branches = (3 if context else 2) * depth  # add up in the stream: keep its variance independent of depth (GPT-2)
+        with torch.no_grad():
             for name, weight in self.named_parameters():
                 if name.endswith(("attention.out.weight", "mlp.down.weight")):
-                    weight.mul_((2 * depth) ** -0.5)
+                    weight.mul_(branches**-0.5)
 
     def forward(
         self,
@@ -150,11 +196,17 @@ class Transformer(nn.Module):
         *,
         is_causal: bool = False,
         rotary: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Outputs (B, L, D); `rotary` (>= L, 2, E / 2) where positions are turned into queries and keys."""
+        """Outputs (B, L, D); `rotary` (>= L, 2, E / 2) where positions are turned into queries and keys.
+
+        Raises ValueError for a context where none was asked for, and for none where one was.
+        """
+        self._check(context)
         rotary = None if rotary is None else rotary[: x_BLD.shape[1]]
         for block in self.blocks:
-            x_BLD = block(x_BLD, mask, is_causal=is_causal, rotary=rotary)
+            x_BLD = block(x_BLD, mask, is_causal=is_causal, rotary=rotary, context=context, context_mask=context_mask)
         return self.norm(x_BLD)
 
     def cache(self, batch: int, length: int) -> Tensor:
@@ -165,18 +217,43 @@ class Transformer(nn.Module):
         shape = (len(self.blocks), 2, batch, self.heads, length, self.width // self.heads)
         return next(self.parameters()).new_zeros(shape)
 
-    def step(self, x_BMD: Tensor, cache: Tensor, at_M: Tensor, rotary: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        x_BMD: Tensor,
+        cache: Tensor,
+        at_M: Tensor,
+        rotary: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
         """Outputs (B, M, D) of the tokens at positions `at_M`, given those at lower positions that `cache` has seen.
 
         Causal decoding: as rows `at_M` of `forward(..., is_causal=True)`. The keys and values are written into `cache`
         in place. Attention always runs over all L positions, so that every call with the same M has the same shapes:
-        compiled once (`torch.compile(transformer.step)`), it serves the whole sequence.
+        compiled once (`torch.compile(transformer.step)`), it serves the whole sequence. The context is (B, S, C), whose
+        keys and values are then computed anew in each call, or what `read` has made of it.
         """
+        if context is None or context.ndim == 3:
+            self._check(context)
+            context = None if context is None else self.read(context)
         mask_ML = torch.arange(cache.shape[-2], device=at_M.device) <= at_M[:, None]
         rotary = None if rotary is None else rotary[at_M]
-        for block, (keys, values) in zip(self.blocks, cache, strict=True):
-            x_BMD = block(x_BMD, mask_ML, rotary=rotary, past=Past(keys, values, at_M))
+        for i, (block, (keys, values)) in enumerate(zip(self.blocks, cache, strict=True)):
+            seen = None if context is None else context[i]
+            past = Past(keys, values, at_M)
+            x_BMD = block(x_BMD, mask_ML, rotary=rotary, past=past, context=seen, context_mask=context_mask)
         return self.norm(x_BMD)
+
+    def read(self, context_BSC: Tensor) -> Tensor:
+        """What `step` has to know of a context: keys and values of each block (depth, 2, B, H, S, E)."""
+        self._check(context_BSC)
+        blocks: Any = self.blocks
+        return torch.stack([block.cross_attention.read(context_BSC) for block in blocks])
+
+    def _check(self, context: Tensor | None) -> None:
+        given = 0 if context is None else context.shape[-1]
+        if given != self.context:
+            raise ValueError(f"the transformer attends to a context of width {self.context} (0 = none), got {given}")
 
 
 def initialise(module: nn.Module) -> None:

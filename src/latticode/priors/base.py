@@ -6,16 +6,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from latticode import registry
 from latticode.pretrained import Pretrained
+from latticode.priors.schedules import RAMPS
 from latticode.types import Conditioning, Sampling
 
 DEFAULT = Sampling()
+IN_ORDER = frozenset({"temperature", "guidance", "top_k", "top_p"})  # what one draw after another can use
 
 
 class Prior(Pretrained, ABC):
@@ -26,11 +31,16 @@ class Prior(Pretrained, ABC):
     rebuilds the module.
     """
 
+    uses: ClassVar[frozenset[str]] = frozenset(field.name for field in fields(Sampling))  # the others change nothing
+    causal: ClassVar[bool] = False  # True: what is known informs only the positions that come after it
+    sees: ClassVar[bool] = False  # True: it is told images
+
     def __init__(self, vocab: Sequence[int], grid: Sequence[int], classes: int) -> None:
         super().__init__()
         self.vocab = [int(size) for size in vocab]  # the number of codes of each of the K code slots
         self.grid = [int(size) for size in grid]  # positions along each axis
         self.classes = int(classes)  # 0 = unconditional
+        self.text: nn.Module | None = None  # reads captions, in a prior that can be told them (`latticode.text`)
         if not self.vocab or min(self.vocab) < 1:
             raise ValueError(f"vocab must be one size >= 1 per code slot, got {self.vocab}")
         if not self.grid or min(self.grid) < 1:
@@ -74,6 +84,26 @@ class Prior(Pretrained, ABC):
     def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
         """Bits (B,) that an entropy coder needs for each image of `codes` (B, *grid, K) in the prior's own order."""
 
+    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
+        """What the network makes of `codes` (B, *grid, K), for a linear probe: means over the positions (B, width), of
+        the embedding first and then after each block. Gradients flow.
+
+        Raises ValueError where a prior has none, and for bad codes or conditions.
+        """
+        names = [name for name, entry in registry.TABLE.items() if str(entry).startswith("latticode.priors.")]
+        able = [name for name in names if getattr(registry.resolve(name), "features", None) is not Prior.features]
+        raise ValueError(f"a {type(self).__name__} has no features; priors that have: {', '.join(able)}")
+
+    def condition(
+        self, labels: Tensor | None = None, texts: tuple[str, ...] | None = None, images: Tensor | None = None
+    ) -> Conditioning:
+        """Of what is known of a batch, that which this prior can be told."""
+        return Conditioning(
+            labels if self.classes else None,
+            texts if self.text is not None else None,
+            images if self.sees else None,
+        )
+
     def check_codes(self, codes: Tensor, *, lowest: int = 0) -> None:
         """Raise ValueError unless `codes` are integers (B, *grid, K) in [lowest, vocab)."""
         name, shape = type(self).__name__, (*self.grid, len(self.vocab))
@@ -87,6 +117,10 @@ class Prior(Pretrained, ABC):
 
     def labels_of(self, cond: Conditioning | None, count: int) -> Tensor:
         """Labels (count,) int64 on the prior's device, -1 = none. Raises ValueError for those outside [-1, classes)."""
+        if self.text is None:
+            self.texts_of(cond, count)  # raises if there are any
+        if cond is not None and cond.images is not None and not self.sees:
+            raise ValueError(f"{type(self).__name__} sees no images, got {tuple(cond.images.shape)}")
         if cond is None or cond.labels is None:
             return torch.full((count,), -1, device=self.device)
         labels = cond.labels.to(self.device, torch.int64)
@@ -101,6 +135,16 @@ class Prior(Pretrained, ABC):
                 )
                 raise ValueError(f"label {bad} is not valid; valid: {valid}")
         return labels
+
+    def texts_of(self, cond: Conditioning | None, count: int) -> list[str]:
+        """One text for each of `count` images, '' = none. Raises ValueError for another number of them, and for a text
+        that the prior cannot read."""
+        texts = [""] * count if cond is None or cond.texts is None else list(cond.texts)
+        if len(texts) != count:
+            raise ValueError(f"expected one text for each of {count} images, got {len(texts)}")
+        if self.text is None and any(texts):
+            raise ValueError(f"the prior reads no text, got {next(filter(None, texts))!r}")
+        return texts
 
     def known_codes(self, count: int, known: Tensor | None) -> Tensor:
         """`known` (count, *grid, K) on the prior's device, -1 where to generate: everywhere if it is None.
@@ -126,6 +170,19 @@ class Prior(Pretrained, ABC):
             self.train(training)
 
 
+@contextmanager
+def recorded(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """Yields a list to which a run of `blocks`, one after another, adds the input of the first and every output."""
+    seen: list[Tensor] = []
+    handles = [blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]
+    handles += [block.register_forward_hook(lambda *call: seen.append(call[-1])) for block in blocks]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def check_sampling(sampling: Sampling) -> None:
     """Raise ValueError for an option outside its range."""
     limits = {
@@ -133,6 +190,7 @@ def check_sampling(sampling: Sampling) -> None:
         "temperature": (0 <= sampling.temperature < math.inf, ">= 0 (0 = the likeliest token)"),
         "noise": (0 <= sampling.noise < math.inf, ">= 0"),
         "guidance": (math.isfinite(sampling.guidance), "finite (0 = off)"),
+        "guidance_schedule": (sampling.guidance_schedule in RAMPS, " or ".join(RAMPS)),
         "top_k": (sampling.top_k >= 0, ">= 0 (0 = all)"),
         "top_p": (0 < sampling.top_p <= 1, "in (0, 1]"),
     }

@@ -1,5 +1,5 @@
 """Autoregression over codes in raster order: VQGAN's GPT (2012.09841), VIM (2110.04627), LlamaGen (2406.06525), and
-RQ-Transformer (2203.01941) with several symbols per position.
+RQ-Transformer (2203.01941) and HQ-Transformer (NeurIPS 2022) with several symbols per position.
 
 B batch, N positions, K codes of a position, S symbols of a position, D width.
 """
@@ -16,10 +16,21 @@ from torch import Tensor, nn
 
 from latticode.nn.rotary import grid_coordinates, rotary_table
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import DEFAULT, Prior, check_sampling, draw, filtered, guided, uniforms
-from latticode.priors.symbols import Digits, Joint, Sequential
+from latticode.priors.base import DEFAULT, IN_ORDER, Prior, check_sampling, draw, filtered, guided, recorded, uniforms
+from latticode.priors.symbols import (
+    Digits,
+    Joint,
+    Sequential,
+    TopBottom,
+    check_soft,
+    check_targets,
+    levels_of,
+    nats,
+    table_of,
+)
 from latticode.types import Conditioning, Sampling
 
+SPAN = 64  # attention reads the cache up to the next multiple: half the work in the mean, and few shapes to compile
 PLACES = ("learned", "rotary", "axial")
 
 
@@ -27,7 +38,8 @@ class GPT(Prior):
     """A causal transformer reads the class, then position by position, and predicts the symbols of the next one.
 
     The input of a position is the sum of its symbols' embeddings. RQ-Transformer over a residual quantizer with one
-    codebook is `GPT(vocab, grid, depth=24, inner_depth=4, shared=True)`; a code of a large vocabulary becomes small
+    codebook is `GPT(vocab, grid, depth=24, inner_depth=4, shared=True, soft_labels=0.5)`, HQ-Transformer over two
+    levels of codes `GPT(vocab, grid, inner_depth=4, shared=True, tops=1)`; a code of a large vocabulary becomes small
     symbols with `digits`, so that 2^18 codes cost two softmaxes over 512.
 
     Args:
@@ -44,9 +56,17 @@ class GPT(Prior):
             must multiply to each entry of `vocab`. FSQ's levels or powers of 2 for groups of LFQ's bits.
         inner_depth: blocks of the transformer that predicts the symbols of a position one after another; 0: they are
             independent given the past, one linear head each.
-        shared: one embedding and one head for all symbols of a position, which must have equal sizes.
+        shared: one embedding and one head for all symbols of a position, which must have equal sizes; with `tops` one
+            for the codes at the top and one for the others.
+        tops: so many codes of a position come one after another, and all others at once given these; the loss then has
+            the term `top_cross_entropy` for the first and `cross_entropy` for the others. 0: no such split.
+        soft_labels: the temperature of the distributions by their distance from which training draws its codes and
+            which are the targets in their place (2203.01941, section 3.2.3), for a tokenizer that can `soften`; 0: the
+            targets are the tokenizer's codes.
     """
 
+    uses, causal = IN_ORDER, True
+    attends: int = 0  # width of the states that the transformer attends to beside the codes, of a subclass (`states`)
     rotary: Tensor | None
     offsets: Tensor
 
@@ -66,6 +86,8 @@ class GPT(Prior):
         digits: Sequence[int] | None = None,
         inner_depth: int = 0,
         shared: bool = False,
+        tops: int = 0,
+        soft_labels: float = 0.0,
     ) -> None:
         super().__init__(vocab, grid, classes)
         for name, value in {"dropout": dropout, "label_dropout": label_dropout}.items():
@@ -79,56 +101,94 @@ class GPT(Prior):
         self.dropout, self.label_dropout = dropout, label_dropout
         self.places, self.style = places, style
         self.digits = None if digits is None else list(digits)
-        self.inner_depth, self.shared = inner_depth, shared
+        check_soft(soft_labels, digits)
+        if (shared or tops) and not inner_depth:
+            raise ValueError(f"shared and tops need inner_depth >= 1, got {inner_depth}")
+        if not 0 <= tops < len(self.vocab):
+            raise ValueError(f"tops must leave one of the {len(self.vocab)} codes of a position, got {tops}")
+        self.inner_depth, self.shared, self.tops, self.soft_labels = inner_depth, shared, tops, soft_labels
         self.symbols = Digits(self.vocab, self.digits)
         sizes = self.symbols.sizes
-        if shared and (len(set(sizes)) > 1 or not inner_depth):
-            raise ValueError(f"shared needs symbols of one size and inner_depth >= 1, got {sizes} and {inner_depth}")
+        self.first = tops * self.symbols.per_code  # symbols at the top
+        levels = levels_of(sizes, shared, self.first)
 
         self.label = nn.Embedding(self.classes + 1, width)  # the last is 'no label'
-        self.embedding = nn.Embedding(max(sizes) if shared else sum(sizes), width)
-        starts = torch.zeros(len(sizes)) if shared else torch.tensor([0, *sizes[:-1]]).cumsum(0)
-        self.register_buffer("offsets", starts.long(), persistent=False)
+        rows, starts = table_of(sizes, levels)
+        self.embedding = nn.Embedding(rows, width)
+        self.register_buffer("offsets", starts, persistent=False)
         self.place = nn.Parameter(torch.empty(self.positions, width)) if places == "learned" else None
         self.register_buffer("rotary", self._rotary(), persistent=False)
         self.drop = nn.Dropout(dropout)
-        self.transformer = Transformer(width, depth, heads, mlp, dropout, style)
-        inner = (width, inner_depth, heads, mlp, dropout, style, shared)
-        self.head = Sequential(sizes, *inner) if inner_depth else Joint(sizes, width)
+        self.transformer = Transformer(width, depth, heads, mlp, dropout, style, context=self.attends)
+        inner = (sizes, width, inner_depth, heads, mlp, dropout, style, levels)
+        if not inner_depth:
+            self.head = Joint(sizes, width)
+        else:
+            self.head = TopBottom(*inner, tops=self.first) if tops else Sequential(*inner)
         nn.init.normal_(self.label.weight, std=width**-0.5)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         if self.place is not None:
             nn.init.normal_(self.place, std=width**-0.5)
 
-    def logits(self, symbols_BNS: Tensor, labels_B: Tensor) -> list[Tensor]:
+    def logits(self, symbols_BNS: Tensor, labels_B: Tensor, states: Tensor | None = None) -> list[Tensor]:
         """Logits (B, N, size) of each of the S symbols of every position, given all that stands before it.
 
         `symbols_BNS` are known symbols of the first N positions, which may be fewer than the grid has.
         """
         embedded_BNSD = self.embedding(symbols_BNS + self.offsets)
-        context_BND = self.context(embedded_BNSD[:, :-1].sum(2), labels_B)
+        context_BND = self.context(embedded_BNSD[:, :-1].sum(2), labels_B, states)
         flat = self.head(context_BND.flatten(0, 1), embedded_BNSD.flatten(0, 1))
         return [logits.unflatten(0, symbols_BNS.shape[:2]) for logits in flat]
 
-    def context(self, x_BND: Tensor, labels_B: Tensor) -> Tensor:
-        """What the transformer makes of the class and of the embeddings of the first positions: (B, 1 + N, D)."""
+    def context(self, x_BND: Tensor, labels_B: Tensor, states: Tensor | None = None) -> Tensor:
+        """What the transformer makes of the class, of the embeddings of the first positions, and of `states`:
+        (B, 1 + N, D)."""
         x_BND = torch.cat([self._start(labels_B), x_BND], dim=1)
         places = torch.arange(x_BND.shape[1], device=x_BND.device)
-        return self.transformer(self._placed(x_BND, places), is_causal=True, rotary=self.rotary)
+        return self.transformer(self._placed(x_BND, places), is_causal=True, rotary=self.rotary, context=states)
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
-        """`cross_entropy`: nats per symbol of `codes` (B, *grid, K)."""
+    def states(self, cond: Conditioning | None, count: int, hidden: Tensor | None = None) -> Tensor | None:
+        """What the transformer attends to beside the codes, (count, S, attends), without the condition where `hidden`
+        (count,). None: nothing."""
+        return None
+
+    def told(self, cond: Conditioning | None, labels_B: Tensor) -> bool:
+        """Whether there is a condition that guidance could hide."""
+        return bool((labels_B >= 0).any())
+
+    def loss(self, codes: Tensor, cond: Conditioning | None = None, soft: Tensor | None = None) -> dict[str, Tensor]:
+        """`cross_entropy`: nats per symbol of `codes` (B, *grid, K), with `tops` apart from `top_cross_entropy`.
+
+        The targets are the codes, or `soft` (B, *grid, K, C), the distributions that they were drawn from.
+        """
         self.check_codes(codes)
+        if soft is not None:
+            check_targets(soft, codes, self.symbols)
         labels = self.labels_of(cond, len(codes))
         hidden = torch.rand(len(codes), device=codes.device) < self.label_dropout
-        return {"cross_entropy": self._nats(codes, labels.masked_fill(hidden, -1)).mean()}
+        states = self.states(cond, len(codes), hidden)
+        nats_BNS = self._nats(codes, labels.masked_fill(hidden, -1), soft, states)
+        if not self.tops:
+            return {"cross_entropy": nats_BNS.mean()}
+        top_BNS, bottom_BNS = nats_BNS.tensor_split([self.first], dim=-1)
+        return {"top_cross_entropy": top_BNS.mean(), "cross_entropy": bottom_BNS.mean()}
 
     def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
         """-log2 p (B,) of each image of `codes` (B, *grid, K), in one forward pass."""
         self.check_codes(codes)
         labels = self.labels_of(cond, len(codes))
         with self.inference():
-            return self._nats(codes, labels).sum((1, 2)) / math.log(2)
+            return self._nats(codes, labels, states=self.states(cond, len(codes))).sum((1, 2)) / math.log(2)
+
+    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
+        """Means (B, D) over the slots that predict the positions, of the embedding and after each block of the
+        transformer over them. The last position is predicted only, so nothing tells of its codes."""
+        self.check_codes(codes)
+        labels = self.labels_of(cond, len(codes))
+        embedded_BNSD = self.embedding(self.symbols.split(codes).flatten(1, -2) + self.offsets)
+        with recorded(self.transformer.blocks) as seen:
+            self.context(embedded_BNSD[:, :-1].sum(2), labels, self.states(cond, len(codes)))
+        return [x_BND.mean(1) for x_BND in seen]
 
     def sample(
         self,
@@ -151,7 +211,7 @@ class GPT(Prior):
         symbols_BNS = self.symbols.split(self.known_codes(count, known)).flatten(1, -2)
         known_BNS = symbols_BNS >= 0
         noise = uniforms(symbols_BNS.shape[1:], seed, first, count).to(self.device)
-        copies = 2 if sampling.guidance and bool((labels >= 0).any()) else 1
+        copies = 2 if sampling.guidance and self.told(cond, labels) else 1
         finite = torch.ones((), dtype=torch.bool, device=self.device)
 
         def choose(n: int, slot: int, logits: Tensor) -> Tensor:
@@ -170,21 +230,27 @@ class GPT(Prior):
             ready = int(known_BNS.all(2).all(0).long().cumprod(0).sum())  # first positions that no image has open
             prompt = self.embedding(symbols_BNS[:, :ready] + self.offsets).sum(2).repeat(copies, 1, 1)
             rows = torch.cat([labels, torch.full_like(labels, -1)][:copies])
+            all_hidden = torch.ones_like(labels, dtype=torch.bool)
+            told = [self.states(cond, count, hidden) for hidden in (None, all_hidden)[:copies]]
+            parts = [part for part in told if part is not None]
+            states = self.transformer.read(torch.cat(parts)) if parts else None
             x_BMD = torch.cat([self._start(rows), prompt], dim=1)
             for n in range(ready, self.positions):
                 at = places[n + 1 - x_BMD.shape[1] : n + 1]
-                context_BMD = self.transformer.step(self._placed(x_BMD, at), cache, at, self.rotary)
+                so_far = cache[..., : (n // SPAN + 1) * SPAN, :]
+                context_BMD = self.transformer.step(self._placed(x_BMD, at), so_far, at, self.rotary, states)
                 x_BMD = self.head.generate(context_BMD[:, -1], partial(choose, n))[:, None]
         if not bool(finite):
             raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
         return self.symbols.join(symbols_BNS).view(count, *self.grid, len(self.vocab))
 
-    def _nats(self, codes: Tensor, labels_B: Tensor) -> Tensor:
-        """-log p (B, N, S) of each symbol given those before."""
+    def _nats(
+        self, codes: Tensor, labels_B: Tensor, soft: Tensor | None = None, states: Tensor | None = None
+    ) -> Tensor:
+        """-log p (B, N, S) of each symbol given those before, or its mean under `soft` (B, *grid, K, C)."""
         symbols_BNS = self.symbols.split(codes).flatten(1, -2)
-        logits = self.logits(symbols_BNS, labels_B)
-        pairs = zip(logits, symbols_BNS.unbind(-1), strict=True)
-        return torch.stack([F.cross_entropy(p.float().mT, s, reduction="none") for p, s in pairs], dim=-1)
+        soft_BNSC = None if soft is None else soft.flatten(1, -3)
+        return nats(self.logits(symbols_BNS, labels_B, states), symbols_BNS, soft_BNSC)
 
     def _start(self, labels_B: Tensor) -> Tensor:
         """The first token (B, 1, D)."""

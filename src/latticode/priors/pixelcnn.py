@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.nn.masked import RasterNetwork, initialise_convolution
-from latticode.priors.base import DEFAULT, Prior, check_sampling, draw, filtered, guided, uniforms
+from latticode.priors.base import DEFAULT, IN_ORDER, Prior, check_sampling, draw, filtered, guided, uniforms
+from latticode.priors.grids import packed, ratio_of, unpacked
 from latticode.types import Conditioning, Sampling
 
 
@@ -33,6 +34,8 @@ class PixelCNN(Prior):
         dropout: on each branch.
         label_dropout: probability that training hides the label, for guidance.
     """
+
+    uses, causal = IN_ORDER, True
 
     def __init__(
         self,
@@ -118,6 +121,8 @@ class TwoLevel(Prior):
         dropout, label_dropout: of both; a hidden label is hidden from both.
     """
 
+    uses, causal = IN_ORDER, True
+
     def __init__(
         self,
         vocab: Sequence[int],
@@ -134,13 +139,7 @@ class TwoLevel(Prior):
         label_dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab, grid, classes)
-        self.ratio = math.isqrt(len(self.vocab) - 1)  # r
-        if self.ratio < 1 or self.ratio**2 != len(self.vocab) - 1 or len(set(self.vocab[1:])) > 1:
-            raise ValueError(
-                f"TwoLevel models codes of sizes [top, bottom * r * r], got {len(self.vocab)}: {self.vocab}"
-            )
-        if len(self.grid) != 2:
-            raise ValueError(f"TwoLevel models grids of two axes, got {len(self.grid)} (grid {self.grid})")
+        self.ratio = ratio_of(self.vocab, self.grid, type(self).__name__)  # r
         check_label_dropout(label_dropout)
         self.width, self.depth, self.kernel, self.attention, self.heads = width, depth, kernel, attention, heads
         self.bottom_width, self.bottom_depth = bottom_width, bottom_depth
@@ -213,18 +212,6 @@ class TwoLevel(Prior):
     def _condition(self, top: Tensor, labels: Tensor) -> Tensor:
         """What the bottom is told (B, D, h r, w r)."""
         return self.bottom.condition(labels) + self.upsample(self.embedding(top).movedim(-1, 1))
-
-
-def unpacked(codes: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
-    """The top grid (B, h, w) and the bottom grid (B, h r, w r) of `codes` (B, h, w, 1 + r r)."""
-    cells = codes[..., 1:].unflatten(-1, (ratio, ratio))  # (B, h, w, r, r)
-    return codes[..., 0], cells.transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-def packed(top: Tensor, bottom: Tensor, ratio: int) -> Tensor:
-    """The inverse of `unpacked`."""
-    cells = bottom.unflatten(2, (-1, ratio)).unflatten(1, (-1, ratio)).transpose(2, 3)  # (B, h, w, r, r)
-    return torch.cat([top[..., None], cells.flatten(3)], dim=-1)
 
 
 def nats(network: RasterNetwork, codes: Tensor, condition: Tensor) -> Tensor:

@@ -23,6 +23,12 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cubic": lambda ratio: 1 - ratio**3,
     "root": lambda ratio: 1 - math.sqrt(ratio),
 }
+# what of the guidance acts at a step: Muse (2301.00704, section 2.7) raises it linearly, later ports by half a cosine
+RAMPS: dict[str, Callable[[float], float]] = {
+    "constant": lambda ratio: 1.0,
+    "linear": lambda ratio: ratio,
+    "cosine": lambda ratio: (1 - math.cos(math.pi * ratio)) / 2,
+}
 
 
 def remask_counts(unknown: int, steps: int, schedule: str = "cosine") -> list[int]:
@@ -63,8 +69,22 @@ def draw_ratios(count: int, floor: float, device: torch.device | None = None) ->
 
 
 def masked_counts(ratios: Tensor, positions: int) -> Tensor:
-    """N_M = ceil(cos(pi / 2 (1 - r)) positions), at least 1, int64 (FSQ appendix A.4.2)."""
+    """N_M = ceil(cos(pi / 2 (1 - r)) positions), at least 1, int64 (FSQ appendix A.4.2).
+
+    For r ~ U[0, 1] the fraction x has the density (2 / pi) (1 - x^2)^(-1/2) and the mean 2 / pi = 0.64 of Muse
+    (2301.00704, section 2.4): its masks are those of MaskGIT.
+    """
     return (torch.cos(math.pi / 2 * (1 - ratios)) * positions).ceil().long().clamp(1, positions)
+
+
+def truncated_normal(
+    count: int, mean: float, std: float, low: float, high: float, device: torch.device | None = None
+) -> Tensor:
+    """(count,) draws from N(mean, std^2) on [low, high], by inversion of its distribution function."""
+    ends = torch.special.ndtr((torch.tensor([low, high], dtype=torch.float64, device=device) - mean) / std)
+    u = torch.rand(count, dtype=torch.float64, device=device)
+    draws = mean + std * torch.special.ndtri(torch.lerp(ends[0], ends[1], u))
+    return draws.clamp(low, high).float()
 
 
 def random_mask(counts: Tensor, positions: int) -> Tensor:

@@ -1,15 +1,17 @@
-"""What stands at one position of a grid, as S symbols of small alphabets, and two ways to predict them.
+"""What stands at one position of a grid, as S symbols of small alphabets, and three ways to predict them.
 
 Codes are split into symbols where one softmax over all of them would be too large. M positions of a batch, S symbols of
-a position, K codes of a position, D width.
+a position, K codes of a position, D width. Symbols of one level, which are neighbours, share an embedding and a head.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.nn.transformer import Transformer, initialise
@@ -51,6 +53,56 @@ class Digits(nn.Module):
         return (symbols.unflatten(-1, (-1, self.per_code)) * self.base).sum(-1)
 
 
+def levels_of(sizes: Sequence[int], shared: bool, tops: int = 0) -> list[int]:
+    """How many symbols each level has: one; with `shared` the first `tops` and all others, or all of them for 0.
+
+    Raises ValueError for symbols of different `sizes` in one level.
+    """
+    levels = [count for count in (tops, len(sizes) - tops) if count] if shared else [1] * len(sizes)
+    rest = list(sizes)
+    for count in levels:
+        one, rest = rest[:count], rest[count:]
+        if len(set(one)) > 1:
+            raise ValueError(f"shared needs symbols of one size, got {one}")
+    return levels
+
+
+def table_of(sizes: Sequence[int], levels: Sequence[int]) -> tuple[int, Tensor]:
+    """The rows of one table of embeddings for all symbols, and the row (S,) where the alphabet of each begins."""
+    rows, starts, slot = 0, [], 0
+    for count in levels:
+        starts += [rows] * count
+        rows += sizes[slot]
+        slot += count
+    return rows, torch.tensor(starts)
+
+
+def nats(logits: Sequence[Tensor], symbols: Tensor, soft: Tensor | None = None) -> Tensor:
+    """Cross entropy (..., S) of `symbols` (..., S), or of distributions `soft` (..., S, C) in their place, under S
+    `logits` (..., size)."""
+    found = []
+    for slot, p in enumerate(logits):
+        target = symbols[..., slot] if soft is None else soft[..., slot, : p.shape[-1]].movedim(-1, 1)
+        found.append(F.cross_entropy(p.float().movedim(-1, 1), target, reduction="none"))
+    return torch.stack(found, dim=-1)
+
+
+def check_soft(temperature: float, digits: Sequence[int] | None) -> None:
+    """Raise ValueError for a temperature of soft labels that is negative, and for > 0 together with digits."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"soft_labels must be a temperature >= 0 (0 = the codes themselves), got {temperature}")
+    if temperature and digits is not None:
+        raise ValueError(f"soft_labels are distributions over whole codes, got digits {list(digits)} too")
+
+
+def check_targets(soft: Tensor, codes: Tensor, symbols: Digits) -> None:
+    """Raise ValueError unless `soft` is (*`codes`, C), with C the largest alphabet of whole codes."""
+    expected = (*codes.shape, max(symbols.sizes))
+    if symbols.per_code > 1 or tuple(soft.shape) != expected:
+        whole = "" if symbols.per_code == 1 else "no digits and "
+        raise ValueError(f"soft targets need {whole}shape {expected}, got {tuple(soft.shape)}")
+
+
 class Joint(nn.Module):
     """The symbols of a position are independent given what came before it: one linear head for all."""
 
@@ -73,8 +125,8 @@ class Joint(nn.Module):
 class Sequential(nn.Module):
     """Each symbol given the former ones of its position: RQ-Transformer's depth transformer (2203.01941, 3.2.2).
 
-    Its input is the context at the first symbol and the sum of the embeddings of all former symbols at the others. With
-    `shared`, all slots have one alphabet and one head, as the stages of a residual quantizer with one codebook.
+    Its input is the context at the first symbol and the sum of the embeddings of all former symbols at the others. The
+    stages of a residual quantizer with one codebook are one level.
     """
 
     def __init__(
@@ -86,13 +138,13 @@ class Sequential(nn.Module):
         mlp: float,
         dropout: float,
         style: str,
-        shared: bool,
+        levels: Sequence[int],
     ) -> None:
         super().__init__()
-        self.shared = shared
+        self.level = [level for level, count in enumerate(levels) for _ in range(count)]  # of each slot
         self.slot = nn.Parameter(torch.empty(len(sizes), width))
         self.transformer = Transformer(width, depth, heads, mlp, dropout, style)
-        self.heads = nn.ModuleList(nn.Linear(width, size) for size in (sizes[:1] if shared else sizes))
+        self.heads = nn.ModuleList(nn.Linear(width, sizes[self.level.index(i)]) for i in range(len(levels)))
         self.heads.apply(initialise)
         nn.init.normal_(self.slot, std=width**-0.5)
 
@@ -113,4 +165,42 @@ class Sequential(nn.Module):
         return total_MD
 
     def _head(self, slot: int) -> nn.Module:
-        return self.heads[0 if self.shared else slot]
+        return self.heads[self.level[slot]]
+
+
+class TopBottom(Sequential):
+    """The first `tops` symbols one after another, then all others at once, independent given these: HQ-Transformer's
+    head (You et al., NeurIPS 2022; there one top code and the four bottom codes below it).
+
+    Its input is as that of `Sequential` up to the first of the others, and the same at all of these, which see each
+    other's places.
+    """
+
+    reads: Tensor
+    sees: Tensor
+
+    def __init__(self, sizes: Sequence[int], *inner: Any, tops: int) -> None:
+        super().__init__(sizes, *inner)
+        self.tops = tops
+        slots = torch.arange(len(sizes))
+        self.register_buffer("reads", slots.clamp(max=tops), persistent=False)  # the input of each slot
+        self.register_buffer("sees", (slots <= slots[:, None]) | (slots[:, None] >= tops), persistent=False)
+
+    def forward(self, context_MD: Tensor, embedded_MSD: Tensor) -> list[Tensor]:
+        """Logits (M, size) of each symbol given the embeddings of the position's first symbols."""
+        given_MTD = torch.cat([context_MD[:, None], embedded_MSD[:, : self.tops].cumsum(1)], dim=1)
+        y_MSD = self.transformer(given_MTD[:, self.reads] + self.slot, self.sees)
+        return [self._head(slot)(y_MD) for slot, y_MD in enumerate(y_MSD.unbind(1))]
+
+    def generate(self, context_MD: Tensor, choose: Choose) -> Tensor:
+        """The sum (M, D) of the embeddings of what `choose` chose. Nothing is cached: with one symbol at the top that
+        is one of six places run twice."""
+        given, total_MD = [context_MD], torch.zeros_like(context_MD)
+        for slot in range(self.tops):
+            y_MTD = self.transformer(torch.stack(given, dim=1) + self.slot[: slot + 1], is_causal=True)
+            total_MD = total_MD + choose(slot, self._head(slot)(y_MTD[:, -1]))
+            given.append(total_MD)
+        y_MSD = self.transformer(torch.stack(given, dim=1)[:, self.reads] + self.slot, self.sees)
+        for slot in range(self.tops, len(self.slot)):
+            total_MD = total_MD + choose(slot, self._head(slot)(y_MSD[:, slot]))
+        return total_MD

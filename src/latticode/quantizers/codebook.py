@@ -1,10 +1,13 @@
-"""The vectors of a learned codebook and what keeps them alive: k-means start, EMA statistics, restart, clustering.
+"""The vectors of a learned codebook and what keeps them alive: k-means start, EMA statistics, restart, clustering and
+splitting.
 
 Every function sees the tokens of its own rank and gives the result of one process on the tokens of all ranks in rank
 order. All ranks must call it, those without tokens too. Only finite tokens may be passed.
 """
 
 from __future__ import annotations
+
+import heapq
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +16,10 @@ from torch import Tensor, library, nn
 from latticode import distributed
 from latticode.kernels import nearest_code
 
+UPKEEPS = ("restart", "online", "split")
 LLOYD_STEPS = 10
 EPS = 1e-5  # of the Laplace smoothing
-JITTER = 1e-3  # of the data's standard deviation, between copies of one token
+JITTER = 1e-3  # of the data's standard deviation, between copies of one token; of the code, between its two halves
 ANCHOR_TILE = 2**20  # code-token pairs compared at once
 
 
@@ -29,8 +33,11 @@ class Codebook(nn.Module):
         unit: the vectors have length 1.
         decay: of both averages, per step.
         kmeans: start from k-means over the first tokens; else from N(0, 1).
-        restart: a code whose count is below this fraction of the mean count becomes a random token; 0 = never.
-        online: draw codes to tokens the more, the less they are used, in place of restarts (see `cluster`).
+        upkeep: what happens to codes that are hardly used. "restart": one whose count is below the fraction `restart`
+            of the mean count becomes a random token; "online": they are drawn to tokens, the more, the less they are
+            used (see `cluster`); "split": one that has fewer tokens, in a sum that decays, than `restart` becomes one
+            half of the code that has the most (see `split`).
+        restart: see there; 0 = never.
     """
 
     weight: Tensor  # (K, D)
@@ -47,18 +54,19 @@ class Codebook(nn.Module):
         unit: bool,
         decay: float,
         kmeans: bool,
+        upkeep: str,
         restart: float,
-        online: bool = False,
     ):
         super().__init__()
-        self.unit, self.decay, self.kmeans, self.restart, self.online = unit, decay, kmeans, restart, online
+        self.unit, self.decay, self.kmeans, self.upkeep_by, self.restart = unit, decay, kmeans, upkeep, restart
         weight = _unit(torch.randn(size, dim)) if unit else torch.randn(size, dim)
         if learned:
             self.weight = nn.Parameter(weight)
         else:
             self.register_buffer("weight", weight)
-        self.register_buffer("count", torch.ones(size))
-        self.register_buffer("total", weight.clone())
+        seen = 1 - decay if upkeep == "split" else 1.0  # one token ever, so that codes without any are soon split off
+        self.register_buffer("count", torch.full((size,), seen))
+        self.register_buffer("total", weight * seen)
         self.register_buffer("initialized", torch.tensor(not kmeans))
         self._held: list[tuple[Tensor, Tensor]] | None = None
 
@@ -74,7 +82,7 @@ class Codebook(nn.Module):
         To be called before the tokens are quantized, so that their codes decode to their latents.
         """
         # Within one accumulated batch only the first part may change a code.
-        if (self.kmeans or self.restart > 0 or self.online) and not self._held:
+        if (self.kmeans or self.restart > 0 or self.upkeep_by == "online") and not self._held:
             _upkeep(
                 tokens.detach().reshape(-1, tokens.shape[-1]),
                 keep.reshape(-1),
@@ -83,8 +91,9 @@ class Codebook(nn.Module):
                 self.total,
                 self.initialized,
                 self.unit,
+                self.upkeep_by,
                 self.restart,
-                self.decay if self.online else None,
+                self.decay,
             )
 
     @torch.no_grad()
@@ -141,15 +150,16 @@ def _upkeep(
     total: Tensor,
     initialized: Tensor,
     unit: bool,
+    upkeep: str,
     restart: float,
-    online: float | None,
+    decay: float,
 ) -> None:
-    """An operator of its own, since it decides by the data: torch.compile need not look inside.
-
-    `online` is the decay of the counts if codes are clustered online, else None.
-    """
-    dead = count < restart * count.mean()
-    if initialized and online is None and not dead.any():
+    """An operator of its own, since it decides by the data: torch.compile need not look inside."""
+    dead = count < restart * (count.mean() if upkeep == "restart" else 1 - decay)
+    if initialized and upkeep != "online" and not dead.any():
+        return
+    if initialized and upkeep == "split":
+        split(weight, count, total, restart * (1 - decay), unit=unit)
         return
     tokens = tokens[keep]
     if not initialized:
@@ -158,8 +168,8 @@ def _upkeep(
             return
         rows = torch.arange(len(weight), device=weight.device)
         initialized.fill_(True)
-    elif online is not None:
-        rows, vectors = cluster(tokens, weight.to(tokens), count, online)
+    elif upkeep == "online":
+        rows, vectors = cluster(tokens, weight.to(tokens), count, decay)
         fresh = count[rows]
     else:
         rows = dead.nonzero().squeeze(1)
@@ -232,6 +242,38 @@ def cluster(tokens: Tensor, vectors: Tensor, count: Tensor, decay: float) -> tup
     uniform = distributed.broadcast(torch.rand(len(rows), dtype=torch.float64).to(tokens.device))
     anchors = _anchors(tokens, vectors[rows], uniform)
     return rows, torch.lerp(vectors[rows], anchors, pull[rows, None].to(anchors))
+
+
+def split(weight: Tensor, count: Tensor, total: Tensor, least: float, *, unit: bool) -> None:
+    """Split codes, in place, until no count is below `least` (Linde, Buzo and Gray 1980; UViM, arXiv 2205.10337).
+
+    The code with the lowest count becomes a copy of the one with the highest, times noise from U(1 - 1e-3, 1 + 1e-3) in
+    each channel, and each gets half of its count and total. It ends too when no code is left whose halves would have
+    enough. Draws from torch's global CPU generator; the draw of rank 0 counts.
+    """
+    counts = count.tolist()
+    rich = [(-n, code) for code, n in enumerate(counts) if n >= least]
+    poor = sorted((n, code) for code, n in enumerate(counts) if n < least)
+    heapq.heapify(rich)
+    noise = 1 + JITTER * (2 * torch.rand(len(poor), weight.shape[1]) - 1)
+    noise = distributed.broadcast(noise.to(weight.device)).cpu().to(total.dtype)
+    origin, share = list(range(len(counts))), [1.0] * len(counts)
+    factor = torch.ones(total.shape, dtype=total.dtype)
+    for (_, code), around in zip(poor, noise, strict=True):
+        if not rich or -rich[0][0] < 2 * least:
+            break
+        n, most = rich[0]
+        heapq.heapreplace(rich, (n / 2, most))
+        heapq.heappush(rich, (n / 2, code))
+        origin[code], factor[code] = origin[most], factor[most] * around
+        share[code] = share[most] = share[most] / 2
+    rows, factor = torch.tensor(origin, device=weight.device), factor.to(weight.device)
+    halves = torch.tensor(share, dtype=count.dtype, device=weight.device)
+    vectors = weight[rows] * factor.to(weight)
+    copied = (rows != torch.arange(len(rows), device=rows.device))[:, None]
+    weight.copy_(torch.where(copied, _unit(vectors) if unit else vectors, weight))
+    total.copy_(total[rows] * factor * halves[:, None].to(total))
+    count.copy_(count[rows] * halves)
 
 
 def _anchors(tokens: Tensor, vectors: Tensor, uniform: Tensor) -> Tensor:

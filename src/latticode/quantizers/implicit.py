@@ -67,7 +67,9 @@ class QINCo(Contextual):
             raise ValueError(f"restart is a fraction of the mean count and must be in [0, 1), got {restart}")
         self.size, self.dim, self.vocab = size, dim, (size,)
         self.width, self.blocks, self.kmeans, self.restart = width, blocks, kmeans, restart
-        self.embedding = Codebook(size, dim, learned=True, unit=False, decay=DECAY, kmeans=kmeans, restart=restart)
+        self.embedding = Codebook(
+            size, dim, learned=True, unit=False, decay=DECAY, kmeans=kmeans, upkeep="restart", restart=restart
+        )
         self.concat = nn.Linear(2 * dim, dim)
         self.expand = nn.ModuleList(nn.Linear(dim, width, bias=False) for _ in range(blocks))
         self.contract = nn.ModuleList(nn.Linear(width, dim, bias=False) for _ in range(blocks))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.kernels import Lattice, to_lattices
@@ -15,10 +16,11 @@ from latticode.quantizers.base import Quantizer, Step, Tokens, contractions, poo
 from latticode.quantizers.fsq import FSQ
 from latticode.quantizers.gradients import straight_through
 from latticode.quantizers.implicit import Contextual
-from latticode.types import Quantized
+from latticode.quantizers.vq import Softening
+from latticode.types import Quantized, Softened
 
 
-class Residual(Quantizer):
+class Residual(Softening):
     """The sum of what several stages give: stage i sees r_i, with r_0 = z and r_{i+1} = r_i - q_i.
 
     A stage with a fixed grid sees r_i / s_i and gives s_i times its latents; s_i fits what is left to the stage's
@@ -145,6 +147,18 @@ class Residual(Quantizer):
                 total = latents if total is None else total + latents
         return torch.cat(codes, dim=-1)
 
+    def _soften(self, x: Tensor, temperature: float) -> Softened:
+        residual, drawn = x, []
+        for i, stage in enumerate(self._sequence):
+            if not isinstance(stage, Softening):
+                name = type(stage).__name__
+                raise ValueError(f"codes are drawn by their distance, so stages need a codebook; stage {i} is {name}")
+            drawn.append(stage._soften(residual, temperature))
+            residual = residual - stage._decode(drawn[-1].codes)
+        most = max(p.shape[-1] for _, p in drawn)
+        padded = [F.pad(p, (0, most - p.shape[-1])) for _, p in drawn]
+        return Softened(torch.cat([codes for codes, _ in drawn], dim=-1), torch.cat(padded, dim=-2))
+
     def _decode(self, codes: Tensor) -> Tensor:
         if (lattice := self._joint) is not None:
             return self._decode_joint(codes, lattice)
@@ -171,7 +185,7 @@ class Residual(Quantizer):
         middle = torch.tensor(lattice.levels, device=codes.device) - 1
         places = (2 * digits - middle).masked_fill(absent[..., None], 0)
         missing = len(self._prefixes) - places.shape[-2]
-        return joint_latents(torch.nn.functional.pad(places, (0, 0, 0, missing)), lattice)
+        return joint_latents(F.pad(places, (0, 0, 0, missing)), lattice)
 
     @property
     def _joint(self) -> Lattice | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from latticode import distributed, kernels
 from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, Update, token_mean
-from latticode.quantizers.codebook import Codebook
+from latticode.quantizers.codebook import UPKEEPS, Codebook
 from latticode.quantizers.gradients import ESTIMATORS, straight_through, synchronized
+from latticode.types import Softened
 
 UPDATES = ("ema", "gradient")
 
@@ -27,7 +28,34 @@ class Found(NamedTuple):
     losses: dict[str, Loss]
 
 
-class NearestCode(Quantizer):
+class Softening(Quantizer, ABC):
+    """A quantizer that can draw its codes by their distance."""
+
+    @torch.no_grad()
+    def soften(self, z: Tensor, temperature: float) -> Softened:
+        """Codes (..., K) of `z` (..., D), each drawn from p = softmax(-|r - c|^2 / temperature), and p (..., K, C).
+
+        r is what there is to quantize: z, or what the codes drawn for earlier stages have left of it (RQ-Transformer,
+        arXiv 2203.01941, section 3.2.3). The likeliest code is that of `encode` as long as the earlier ones are. Draws
+        from torch's global generators; moves nothing. Where z is not finite codes are -1 and p is 0.
+
+        Raises ValueError for a temperature that is not > 0, and for a stage without a codebook.
+        """
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
+        self._check_latents(z)
+        with torch.autocast(z.device.type, enabled=False):
+            tokens = self._tokens(z, None)
+            codes, p = self._soften(tokens.values, temperature)
+            gone = ~tokens.keep[..., None]
+            return Softened(codes.masked_fill(gone, -1), p.masked_fill(gone[..., None], 0.0))
+
+    @abstractmethod
+    def _soften(self, x: Tensor, temperature: float) -> Softened:
+        """As `soften`, of clean tokens."""
+
+
+class NearestCode(Softening):
     """A quantizer with one code, the nearest row of `vectors()`, and the losses that need no more than these."""
 
     size: int  # K
@@ -79,6 +107,15 @@ class NearestCode(Quantizer):
     def _decode(self, codes: Tensor) -> Tensor:
         return F.embedding(codes[..., 0], self.vectors())
 
+    def _soften(self, x: Tensor, temperature: float) -> Softened:
+        vectors = self.vectors()
+        middle = vectors.mean(dim=0)  # seen from there, a common offset costs no digits
+        flat, around = self._place(x).reshape(-1, self.dim) - middle, vectors - middle
+        scores = flat @ around.t() - around.square().sum(dim=-1) / 2  # -|x - c|^2 / 2 but for what all codes share
+        p = ((scores - scores.amax(dim=-1, keepdim=True)) * (2 / temperature)).softmax(dim=-1)
+        codes = torch.multinomial(p, 1)
+        return Softened(codes.view(*x.shape[:-1], 1), p.view(*x.shape[:-1], 1, self.size))
+
     def _search(self, x: Tensor, vectors: Tensor) -> Tensor:
         return kernels.nearest_code(x.reshape(-1, self.dim), vectors).view(x.shape[:-1])
 
@@ -107,11 +144,13 @@ class VQ(NearestCode):
         normalize: scale latents and codes to length 1, so that the nearest code is the one of the greatest cosine
             (ViT-VQGAN, arXiv 2110.04627); for low `dim`.
         kmeans: start from k-means over the first training batch; else from N(0, 1).
-        restart: a code chosen by fewer tokens, on average, than this fraction of the mean over codes is dead and
-            becomes a random token of the batch; in [0, 1), 0 = never. A fraction, since the number of tokens that a
-            live code gets depends on batch and codebook size.
-        online: in place of restarts, draw each code towards a token of the batch the more, the less it is used
-            (`codebook.cluster`; CVQ, arXiv 2307.15139).
+        upkeep: what happens to codes that are hardly used. "restart": one becomes a random token of the batch;
+            "online": each is drawn towards a token of the batch the more, the less it is used (`codebook.cluster`; CVQ,
+            arXiv 2307.15139); "split": one becomes half of the code that is used the most (`codebook.split`; UViM,
+            arXiv 2205.10337, with `decay` 0.995, `normalize` and no `kmeans`).
+        restart: how little that is; in [0, 1), 0 = never. Of "restart": this fraction of the mean over codes, of tokens
+            on average, since the number that a live code gets depends on batch and codebook size. Of "split": so many
+            tokens in a sum that decays, which is the average over 1 - `decay`. "online" has no use for it.
         entropy: the temperature tau of the entropy losses, in squared units of the latents; None: no such losses.
 
     Raises:
@@ -130,8 +169,8 @@ class VQ(NearestCode):
         decay: float = 0.99,
         normalize: bool = False,
         kmeans: bool = True,
+        upkeep: str = "restart",
         restart: float = 0.1,
-        online: bool = False,
         entropy: float | None = None,
     ):
         super().__init__()
@@ -149,12 +188,14 @@ class VQ(NearestCode):
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         if not 0 <= restart < 1:
             raise ValueError(f"restart is a fraction of the mean count and must be in [0, 1), got {restart}")
+        if upkeep not in UPKEEPS:
+            raise ValueError(f"upkeep must be one of {', '.join(UPKEEPS)}, got {upkeep!r}")
         self.size, self.dim, self.vocab = size, dim, (size,)
         self.update, self.gradient, self.sync, self.affine = update, gradient, sync, affine
         self.decay, self.normalize, self.kmeans, self.restart = decay, normalize, kmeans, restart
-        self.online, self.entropy, self.learned = online, entropy, update == "gradient"
+        self.upkeep, self.entropy, self.learned = upkeep, entropy, update == "gradient"
         self.embedding = Codebook(
-            size, dim, learned=self.learned, unit=normalize, decay=decay, kmeans=kmeans, restart=restart, online=online
+            size, dim, learned=self.learned, unit=normalize, decay=decay, kmeans=kmeans, upkeep=upkeep, restart=restart
         )
         if affine:
             self.log_scale, self.shift = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
@@ -182,7 +223,7 @@ class VQ(NearestCode):
         return (x - self.shift.to(x)) * (-self.log_scale.to(x)).exp() if self.affine else x
 
     def extra_repr(self) -> str:
-        names = ("update", "gradient", "sync", "affine", "decay", "normalize", "kmeans", "restart", "online", "entropy")
+        names = ("update", "gradient", "sync", "affine", "decay", "normalize", "kmeans", "upkeep", "restart", "entropy")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

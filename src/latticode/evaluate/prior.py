@@ -1,0 +1,210 @@
+"""What a prior's samples and its likelihoods are worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latticode.data.loading import Loader
+from latticode.evaluate.captions import PROTOCOL, HeldOut
+from latticode.evaluate.common import (
+    Progress,
+    Report,
+    batches_of,
+    count_of,
+    device_of,
+    evaluating,
+    feature_protocol,
+    features_of,
+    rates,
+    synchronize,
+)
+from latticode.metrics.classifier import Classifier
+from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
+from latticode.outputs import seconds_of
+from latticode.priors.base import Prior
+from latticode.tokenizer import Tokenizer
+from latticode.types import Sampling, first_texts
+from latticode.values import rounded
+
+NEIGHBOURS = 3  # k of precision and recall
+REFERENCE = 10_000  # images at most of the reference set of precision and recall, as in ADM's evaluation suite
+
+
+def evaluate_prior(
+    prior: Prior,
+    tokenizer: Tokenizer,
+    loader: Loader,
+    *,
+    sampling: Sampling,
+    seed: int = 0,
+    samples: int = 1000,
+    features: FeatureNetwork | None = None,
+    reference: Loader | None = None,
+    classifier: Classifier | None = None,
+    label_of: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 100,
+    limit: int | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compression cost on the held-out images of `loader`, and the quality of samples.
+
+    Args:
+        prior: gets the label as its condition where it knows classes, and the first caption where it reads text.
+        tokenizer: the one whose codes the prior was trained on.
+        loader: held-out (test) images with labels.
+        samples: how many to draw, their labels balanced over the classes; `seed` fixes them for any `batch_size`. A
+            prior that reads text is asked for the captions of the held-out images, and judged by those images' labels.
+        features: names the keys `fid_<name>`, `precision_<name>`, `recall_<name>`; needs `reference`.
+        reference: a loader of the training set. The held-out images are measured against it like the samples, by as
+            many of them as there are samples if there are, because the number of images biases these numbers.
+        classifier: judges whether a sample shows the label asked for. Better not the network behind `features`.
+        label_of: codes to logits of their labels, of a prior that was fine-tuned to classify; gives the key `accuracy`.
+        limit: stop after this many held-out images.
+
+    Returns compression_cost (bits per token: mean over tokens of -log2 p), compression_cost_uniform (log2 of the
+    vocabulary), bits_per_pixel, bits_per_second (as for tokenizers); fid_, precision_, recall_<name> and the same with
+    `_real`; label_accuracy and label_accuracy_real; of a prior that reads text caption_gain_bits (per image),
+    caption_accuracy, caption_images (see the protocol); samples, samples_per_second; count, skipped, protocol. Raises
+    ValueError for options that do not fit each other and for a loader without images.
+    """
+    classes, device, uniform = int(prior.classes), device_of(tokenizer), tokenizer.bits
+    _check(samples, batch_size, classes, features, reference, classifier)
+    more = count_of(reference) if features is not None and reference is not None else 0
+    held_out = None if prior.text is None else HeldOut(prior, seed)
+    more += count_of(loader, limit) if held_out else 0
+    report = Report(progress, count_of(loader, limit) + more + samples)
+    real, drawn = _Judge(features, classifier, samples), _Judge(features, classifier, samples)
+    training, training_sample = FeatureStatistics(), FeatureSample(REFERENCE)
+    bits = seconds = duration = 0.0  # seconds that sampling took, seconds of what was held out
+    tokens = area = count = right = labelled_images = 0
+    size: tuple[int, ...] = ()
+    with evaluating(prior, tokenizer, features, classifier):
+        for batch in batches_of(loader, limit, report):
+            images, labels = batch.inputs.to(device), batch.labels.to(device)
+            codes = tokenizer.encode(images)
+            cost = prior.bits(codes, prior.condition(labels, first_texts(batch.texts, len(labels)))).double()
+            bits += float(cost.sum())
+            if held_out:
+                held_out.add(codes, labels, batch.texts, cost)
+            size = tuple(images.shape[2:])
+            tokens, area = tokens + codes[..., 0].numel(), area + images[:, 0].numel()
+            duration += seconds_of(loader.preprocess, images)
+            count += len(images)
+            real.update(images, labels)
+            if label_of is not None:
+                known = labels >= 0
+                right += int((label_of(codes[known]).argmax(1) == labels[known]).sum())
+                labelled_images += int(known.sum())
+        if not count:
+            raise ValueError("the loader of held-out images holds none")
+        if features is not None and reference is not None:
+            for batch in batches_of(reference, None, report):
+                rows = features_of(features, batch.inputs)
+                training.update(rows)
+                training_sample.update(rows)
+        for first in range(0, samples, batch_size):
+            labels, texts = torch.arange(first, min(first + batch_size, samples)), ()
+            if held_out:
+                labels, texts = held_out.asked(first, len(labels))
+            else:
+                labels = labels % classes if classes else torch.full_like(labels, -1)
+            labels = labels.to(device)
+            start = time.perf_counter()
+            told = prior.condition(labels, texts)
+            codes = prior.sample(len(labels), told, sampling=sampling, seed=seed, first=first)
+            images = tokenizer.decode(codes, size=size)
+            synchronize(device)
+            seconds += time.perf_counter() - start
+            drawn.update(images, labels)
+            report(len(labels))
+        listening = held_out.scores(batch_size, device, report) if held_out else {}
+    result: dict[str, Any] = {
+        "compression_cost": bits / tokens,
+        "compression_cost_uniform": uniform,
+        **rates(bits, loader.preprocess.medium, area, duration),
+        **listening,
+    }
+    labelled = f"balanced over {classes} classes" if classes else "none"
+    if held_out:
+        labelled = "of the held-out images whose captions are asked for, in a random order"
+    facts: dict[str, Any] = {}
+    if features is not None:
+        for suffix, judge in (("", drawn), ("_real", real)):
+            rows = judge.sample.features
+            statistics = FeatureStatistics()
+            statistics.update(rows)
+            result[f"fid_{features.name}{suffix}"] = statistics.distance(training)
+            pair = precision_recall(training_sample.features, rows, NEIGHBOURS)
+            result[f"precision_{features.name}{suffix}"], result[f"recall_{features.name}{suffix}"] = pair
+        facts = feature_protocol(features, training, "the training set") | {
+            "real_images": len(real.sample.features),
+            "precision_recall": f"k = {NEIGHBOURS}, {len(training_sample.features)} reference images",
+        }
+    if labelled_images:
+        result["accuracy"] = right / labelled_images
+    if classifier is not None:
+        result |= {"label_accuracy": drawn.accuracy(), "label_accuracy_real": real.accuracy()}
+    return result | {
+        "samples": samples,
+        "samples_per_second": samples / seconds,
+        "count": count,
+        "skipped": len(loader.skipped),
+        "protocol": {
+            "compression_cost": "mean over positions of -log2 p in the prior's own decoding order, given the label"
+            + (" and the first caption" if held_out else ""),
+            "samples": samples,
+            "labels": labelled,
+            **(PROTOCOL if held_out else {}),
+            "sampling": vars(sampling),
+            "seed": seed,
+            "round": True,
+            "images": count,
+            "size": list(size),
+            **facts,
+            **(protocol or {}),
+        },
+    }
+
+
+def _check(
+    samples: int,
+    batch_size: int,
+    classes: int,
+    features: FeatureNetwork | None,
+    reference: Loader | None,
+    classifier: Classifier | None,
+) -> None:
+    least = NEIGHBOURS + 1 if features is not None else 1
+    if samples < least or batch_size < 1:
+        raise ValueError(f"samples must be >= {least} and batch_size >= 1, got {samples} and {batch_size}")
+    if features is not None and reference is None:
+        raise ValueError(f"FID under {features.name!r} needs a reference: a loader of the training set")
+    if classifier is not None and classes and classifier.classes != classes:
+        raise ValueError(f"the classifier knows {classifier.classes} classes and the prior {classes}")
+
+
+class _Judge:
+    """Looks at images as they are after rounding to 8 bits: their features, and whether they show their label."""
+
+    def __init__(self, features: FeatureNetwork | None, classifier: nn.Module | None, size: int):
+        self.features, self.classifier, self.sample = features, classifier, FeatureSample(size)
+        self.right = self.count = 0
+
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        """Images (B, C, H, W) that should show `labels` (B,); a label of -1 is not judged."""
+        if self.features is not None:
+            self.sample.update(features_of(self.features, images))
+        if self.classifier is not None:
+            known = labels >= 0
+            guesses = self.classifier(rounded(images[known]).to(device_of(self.classifier))).argmax(1)
+            self.right += int((guesses == labels[known].to(guesses.device)).sum())
+            self.count += int(known.sum())
+
+    def accuracy(self) -> float | None:
+        return self.right / self.count if self.count else None

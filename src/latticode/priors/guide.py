@@ -1,0 +1,92 @@
+"""The second stage of UViM (arXiv 2205.10337): the guiding code of an image, predicted from the image alone.
+
+B batch, S states of the image, C their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from latticode.priors.gpt import GPT
+from latticode.priors.symbols import Sequential
+from latticode.types import Conditioning
+
+
+class Guide(GPT):
+    """`GPT` whose blocks attend to what an encoder makes of an image. Logits start at zero.
+
+    Args:
+        vocab: the number of codes of each of the K code slots.
+        grid: positions along each axis.
+        encoder: images (B, 3, H, W) in [-1, 1] to (B, latent, h, w), any of the library, with the attributes
+            `in_channels` and `latent`.
+        width, depth, heads, mlp, style, inner_depth, shared: of the decoder, as for `GPT`; the paper's and its
+            encoder's are ViT-L's, 1024, 24 and 16.
+        dropout: on the embeddings of codes and on each branch; the paper had none.
+        image_dropout: probability that training hides the image, for guidance and samples without one; 0: there has to
+            be an image always.
+    """
+
+    sees = True
+
+    def __init__(
+        self,
+        vocab: Sequence[int],
+        grid: Sequence[int],
+        encoder: nn.Module,
+        width: int = 256,
+        depth: int = 6,
+        heads: int = 8,
+        mlp: float = 4.0,
+        dropout: float = 0.0,
+        image_dropout: float = 0.0,
+        style: str = "gpt",
+        inner_depth: int = 0,
+        shared: bool = False,
+    ) -> None:
+        if encoder.in_channels != 3:
+            raise ValueError(f"encoder must take images of 3 channels, got in_channels={encoder.in_channels}")
+        if not 0 <= image_dropout < 1:
+            raise ValueError(f"image_dropout must be in [0, 1), got {image_dropout}")
+        self.attends = int(encoder.latent)  # type: ignore[arg-type]
+        super().__init__(
+            vocab,
+            grid,
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp=mlp,
+            dropout=dropout,
+            label_dropout=image_dropout,
+            style=style,
+            inner_depth=inner_depth,
+            shared=shared,
+        )
+        self.encoder, self.image_dropout = encoder, image_dropout
+        self.nothing = nn.Parameter(torch.randn(self.attends)) if image_dropout else None  # in place of each state
+        for layer in [*self.head.heads] if isinstance(self.head, Sequential) else [self.head.head]:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+
+    def states(self, cond: Conditioning | None, count: int, hidden: Tensor | None = None) -> Tensor:
+        """What the blocks attend to (count, S, C), `nothing` where `hidden` (count,) or where there are no images.
+
+        Raises ValueError for images of another number, shape or type, and for none if training always showed one.
+        """
+        images = None if cond is None else cond.images
+        if images is None:
+            if self.nothing is None:
+                raise ValueError(f"the prior needs an image for each of {count} codes: image_dropout is 0, got none")
+            return self.nothing.expand(count, 1, -1)
+        if images.shape[:2] != (count, 3) or images.ndim != 4 or not images.is_floating_point():
+            got = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
+            raise ValueError(f"expected float images ({count}, 3, H, W), one for each code, got {got}")
+        states_BSC = self.encoder(images.to(self.device)).flatten(2).mT
+        if hidden is None or self.nothing is None:
+            return states_BSC
+        return torch.where(hidden[:, None, None], self.nothing, states_BSC)
+
+    def told(self, cond: Conditioning | None, labels_B: Tensor) -> bool:
+        return cond is not None and cond.images is not None and self.nothing is not None

@@ -1,0 +1,231 @@
+"""What masked priors share: the embedding and the head, the decoding in a few parallel steps, and what it costs.
+
+B batch, N positions, C codes, M masked positions of the whole batch, D width, S states of a context.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latticode.nn.transformer import initialise
+from latticode.priors.base import DEFAULT, IN_ORDER, Prior, check_sampling, draw, filtered, guided, gumbel, uniforms
+from latticode.priors.schedules import RAMPS, ranks, remask_counts, spread_groups
+from latticode.types import Conditioning, Sampling
+
+GROUPS = 12  # of the schedule of `bits`; M2T finds the gain of more groups saturated by about 8
+
+
+class Told(NamedTuple):
+    """What a prior is told of each of B images."""
+
+    labels: Tensor  # (B,) int64, -1 = none
+    texts: list[str]  # '' = none
+
+    def hidden(self, rate: float) -> Told:
+        """With the label and the text of an image both taken away with probability `rate`."""
+        hidden = torch.rand(len(self.labels), device=self.labels.device) < rate
+        texts = self.texts
+        if any(texts):  # to look at the draws makes a device wait
+            texts = ["" if hide else text for text, hide in zip(texts, hidden.tolist(), strict=True)]
+        return Told(self.labels.masked_fill(hidden, -1), texts)
+
+    def branches(self, sampling: Sampling) -> Told:
+        """Followed by as many images of which nothing is told, where guidance has something to act on."""
+        if not sampling.guidance or not (any(self.texts) or bool((self.labels >= 0).any())):
+            return self
+        nothing = torch.full_like(self.labels, -1)
+        return Told(torch.cat([self.labels, nothing]), [*self.texts, *[""] * len(self.texts)])
+
+
+class Context(NamedTuple):
+    """What a network attends to beside its own positions."""
+
+    states: Tensor  # (B, S, D)
+    mask: Tensor  # (B, S) bool: which of them there are
+
+
+class Masked(Prior):
+    """One shared embedding holds C codes, the classes and MASK, which is also the class token of 'no label'.
+
+    A subclass says by `logits` what it makes of a partly masked image, and by `nats` what it learns from.
+    """
+
+    uses = IN_ORDER | {"steps", "noise", "schedule", "guidance_schedule"}
+
+    def __init__(
+        self,
+        vocab: Sequence[int],
+        grid: Sequence[int],
+        classes: int,
+        width: int,
+        dropout: float,
+        label_smoothing: float,
+        label_dropout: float,
+    ) -> None:
+        super().__init__(vocab, grid, classes)
+        if len(self.vocab) != 1:
+            name = type(self).__name__
+            raise ValueError(f"{name} models one code per position, got {len(self.vocab)} (vocab {self.vocab})")
+        rates = {"dropout": dropout, "label_smoothing": label_smoothing, "label_dropout": label_dropout}
+        for name, value in rates.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        self.width, self.dropout = width, dropout
+        self.label_smoothing, self.label_dropout = label_smoothing, label_dropout
+        self.code_count = self.vocab[0]  # C; the label y is token C + y
+        self.mask_token = self.code_count + self.classes
+
+        self.embedding = nn.Embedding(self.mask_token + 1, width)
+        self.position = nn.Parameter(torch.empty(self.positions + 1, width))  # the class token comes first
+        self.input = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout))
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.bias = nn.Parameter(torch.zeros(self.code_count))
+        self.head.apply(initialise)
+        for weight in (self.embedding.weight, self.position):
+            nn.init.normal_(weight, std=width**-0.5)  # logits of unit variance at first, at any width
+
+    @abstractmethod
+    def logits(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor, context: Context | None = None) -> Tensor:
+        """Logits (M, C) at the positions `at_BN` (bool), row-major, given codes with MASK where unknown."""
+
+    @abstractmethod
+    def nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
+        """The smoothed cross entropy, a scalar per masked position, under masks drawn from torch's generators."""
+
+    def context(self, texts: Sequence[str]) -> Context | None:
+        """What the network is told by captions; None if it reads none."""
+        return None
+
+    def told(self, cond: Conditioning | None, count: int) -> Told:
+        return Told(self.labels_of(cond, count), self.texts_of(cond, count))
+
+    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
+        """`cross_entropy`: nats per masked position, with label smoothing, of `codes` (B, *grid, 1)."""
+        self.check_codes(codes)
+        labels, texts = self.told(cond, len(codes)).hidden(self.label_dropout)
+        return {"cross_entropy": self.nats(codes.flatten(1), labels, self.context(texts))}
+
+    def sample(
+        self,
+        count: int,
+        cond: Conditioning | None = None,
+        *,
+        sampling: Sampling = DEFAULT,
+        seed: int = 0,
+        first: int = 0,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Codes (count, *grid, 1), after at most `sampling.steps` forward passes, twice as wide under guidance.
+
+        Guidance has no effect without a label or a text.
+        """
+        check_sampling(sampling)
+        labels, texts = self.told(cond, count).branches(sampling)
+        codes_BN = self.known_codes(count, known).flatten(1)
+        noise = uniforms(self.noise_shape(sampling), seed, first, count)
+        with self.inference():
+            codes_BN = self.fill(codes_BN, labels, self.context(texts), sampling, noise)
+        return codes_BN.view(count, *self.grid, 1)
+
+    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """Compression cost (B,): -log2 p of each group given those uncovered before, in M2T's fixed order (FSQ, 5.1).
+
+        A uniform prior needs log2 C per position. At most 12 forward passes.
+        """
+        self.check_codes(codes)
+        labels, texts = self.told(cond, len(codes))
+        with self.inference():
+            return self.cost(codes.flatten(1), labels, self.context(texts))
+
+    def cost(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
+        """`bits` (B,) of `codes_BN`, without leaving training mode."""
+        tokens_BN = torch.full_like(codes_BN, self.mask_token)
+        total = torch.zeros(len(codes_BN), device=codes_BN.device)
+        for group in spread_groups(self.grid, GROUPS):
+            at_BN = torch.zeros_like(tokens_BN, dtype=torch.bool)
+            at_BN[:, group] = True
+            logits = self.logits(tokens_BN, labels_B, at_BN, context).float()
+            nats = F.cross_entropy(logits, codes_BN[at_BN], reduction="none")
+            total += nats.view(len(codes_BN), len(group)).sum(1) / math.log(2)
+            tokens_BN = torch.where(at_BN, codes_BN, tokens_BN)
+        return total
+
+    def noise_shape(self, sampling: Sampling) -> tuple[int, int, int]:
+        """Of the uniform numbers that `fill` needs for an image: no more passes than positions, and of these as many
+        as there may be, because an image's noise must not depend on the others of its batch."""
+        return min(sampling.steps, self.positions), 2, self.positions
+
+    def fill(
+        self, codes_BN: Tensor, labels: Tensor, context: Context | None, sampling: Sampling, noise: Tensor
+    ) -> Tensor:
+        """`codes_BN` with a code at each -1. MaskGIT's decoding, without leaving training mode.
+
+        Each pass draws a token for every unknown position and masks again those of least confidence
+        log p + noise (1 - ratio) Gumbel, p before temperature and filters. `labels` and `context` have B rows, or 2 B,
+        of which the second half is the unconditional branch; guidance grows with the ratio by its schedule. `noise` is
+        (B, *noise_shape) uniform numbers.
+        """
+        unknown = codes_BN < 0
+        tokens = codes_BN.masked_fill(unknown, self.mask_token)
+        plans = [remask_counts(n, sampling.steps, sampling.schedule) for n in unknown.sum(1).tolist()]
+        for step in range(max(map(len, plans), default=0)):
+            left = torch.tensor([plan[step] if step < len(plan) else 0 for plan in plans], device=tokens.device)
+            u, ratio = noise[:, step].to(tokens.device), (step + 1) / sampling.steps
+            logits = self._guided(tokens, labels, unknown, context, sampling, ratio)
+            total = logits.logsumexp(-1)
+            if not bool(total.isfinite().all()):
+                raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
+            drawn = draw(filtered(logits, sampling), u[:, 0][unknown])
+            log_p = logits.gather(-1, drawn[:, None])[:, 0] - total
+            tokens = tokens.masked_scatter(unknown, drawn)
+            confidence = torch.zeros(tokens.shape, device=tokens.device).masked_scatter(unknown, log_p)
+            confidence += sampling.noise * max(0.0, 1 - ratio) * gumbel(u[:, 1])
+            unknown = ranks(confidence.masked_fill(~unknown, math.inf)) < left[:, None]
+            tokens = tokens.masked_fill(unknown, self.mask_token)
+        return tokens
+
+    def _guided(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        unknown: Tensor,
+        context: Context | None,
+        sampling: Sampling,
+        ratio: float,
+    ) -> Tensor:
+        """Logits (M, C) at the unknown positions after the share `ratio` of the steps, this one included."""
+        if len(labels) == len(tokens):
+            return self.logits(tokens, labels, unknown, context).float()
+        both = self.logits(tokens.repeat(2, 1), labels, unknown.repeat(2, 1), context).float()
+        conditional, unconditional = both.chunk(2)
+        return guided(conditional, unconditional, sampling.guidance * RAMPS[sampling.guidance_schedule](ratio))
+
+    def embedded(self, tokens_BN: Tensor, labels_B: Tensor) -> Tensor:
+        """The class token and the positions (B, 1 + N, D)."""
+        classes_B = torch.where(labels_B < 0, self.mask_token, labels_B + self.code_count)
+        return self.input(self.embedding(torch.cat([classes_B[:, None], tokens_BN], dim=1)) + self.position)
+
+    def predicted(self, y_MD: Tensor) -> Tensor:
+        """Logits (M, C).
+
+        Only of the positions that are asked for: with tens of thousands of codes they cost more than the blocks, and
+        `bits` and the later passes of `sample` ask for few.
+        """
+        return F.linear(self.head(y_MD), self.embedding.weight[: self.code_count], self.bias)
+
+
+def projection(text: nn.Module, onto: int) -> nn.Module:
+    """What brings the states of `text` to a width: linear if it differs from theirs."""
+    width = int(text.width)  # type: ignore[arg-type]
+    if width == onto:
+        return nn.Identity()
+    linear = nn.Linear(width, onto)
+    initialise(linear)
+    return linear
