@@ -3,8 +3,12 @@
 from latticode.metrics.codes import CodeStatistics
 from latticode.pretrained import load_model as load
 from latticode.priors.contextual import ContextualRQ
+from latticode.priors.dalle import DALLE
 from latticode.priors.gpt import GPT
+from latticode.priors.mage import MAGE
 from latticode.priors.maskgit import MaskGIT
+from latticode.priors.muse import Muse
+from latticode.priors.pixelcnn import PixelCNN, TwoLevel
 from latticode.quantizers import (
     BSQ,
     FSQ,
@@ -27,9 +31,11 @@ from latticode.version import __version__
 
 __all__ = [
     "BSQ",
+    "DALLE",
     "FSQ",
     "GPT",
     "LFQ",
+    "MAGE",
     "VQ",
     "ChannelDim",
     "CodeStatistics",
@@ -38,6 +44,8 @@ __all__ = [
     "Gumbel",
     "Hierarchical",
     "MaskGIT",
+    "Muse",
+    "PixelCNN",
     "Projected",
     "QINCo",
     "Quantizer",
@@ -45,6 +53,7 @@ __all__ = [
     "SimVQ",
     "StochasticVQ",
     "Tokenizer",
+    "TwoLevel",
     "__version__",
     "accumulating",
     "load",

@@ -217,8 +217,8 @@ def test_a_score_of_the_users_own_chooses_too(gpt, tmp_path) -> None:
     def darkness(images: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         return -images.mean((1, 2, 3))
 
-    draw(gpt, tmp_path / "all", 8)
-    draw(gpt, tmp_path / "best", 2, score=darkness, keep_best=0.25, batch_size=3)
+    draw(gpt, tmp_path / "all", 8, labels=["4"])
+    draw(gpt, tmp_path / "best", 2, labels=["4"], score=darkness, keep_best=0.25, batch_size=3)
     means = np.array([image.mean() for image in pixels(tmp_path / "all")]).reshape(2, 4)
     assert [image.mean() for image in pixels(tmp_path / "best")] == means.min(1).tolist()
     assert about(tmp_path / "best" / "sample-00000.png")["score"] == "function"
