@@ -18,12 +18,14 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, UnidentifiedImageError
 
 Series = tuple[Sequence[float], Sequence[float]]  # steps, values
+Point = tuple[float, float, float]  # x, mean, spread; 0 where it is not known
 
 PAGE_WIDTH = 960  # CSS pixels of the text column; small pictures are enlarged by half steps up to it
 THUMBNAIL = 320  # pixels; earlier pictures are embedded no wider than this
 
 INK = "#010203"  # a colour that nothing else uses; `svg` makes it the page's text colour
 COLOURS = ("#2f7fb5", "#d9772b", "#4f9d69", "#a3629f", "#8a8f98")  # legible on white and on near-black
+MARKERS = ("o", "s", "^", "D", "v", "x")
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -140,6 +142,28 @@ def curves(title: str, series: Mapping[str, Series], *, log: bool = True) -> Fig
         return figure
 
 
+def trade_off(title: str, label: str, series: Mapping[str, Sequence[Point]], *, diagonal: bool = False) -> Figure:
+    """A line for each name of `series` through its means, with the spreads as bars; dashed where both axes agree."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel(4.4, 2.9)
+        axes.set_title(title, parse_math=False)
+        colours, markers = _cycle(COLOURS, len(series)), _cycle(MARKERS, len(series))
+        for colour, marker, (name, points) in zip(colours, markers, series.items(), strict=True):
+            x, mean, deviation = zip(*points, strict=True)
+            bars = deviation if any(deviation) else None
+            shape: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.3, "elinewidth": 0.8}
+            axes.errorbar(x, mean, yerr=bars, color=colour, capsize=2, label=name, **shape)
+        if diagonal:
+            ends = [min(p[0] for line in series.values() for p in line), max(p[0] for s in series.values() for p in s)]
+            axes.plot(ends, ends, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+        axes.xaxis.set_major_locator(MaxNLocator(7))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(label)
+        axes.grid(True, axis="y")
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        return figure
+
+
 def level_bars(counts: Sequence[float], title: str) -> Figure:
     """How often each level of one channel was used, as fractions; the dashed line is the uniform distribution."""
     with matplotlib.rc_context(STYLE):
@@ -151,6 +175,28 @@ def level_bars(counts: Sequence[float], title: str) -> Figure:
         axes.set_xticks(range(0, len(counts), math.ceil(len(counts) / 8)))
         axes.yaxis.set_major_locator(MaxNLocator(2))
         axes.tick_params(labelsize=7.5, length=2)
+        return figure
+
+
+def code_panels(panels: Sequence[tuple[str, Sequence[float], bool]]) -> Figure:
+    """A small chart for each of `panels` (title, counts, whether of levels), four in a row: how often each level was
+    used, or each code, most frequent first; the dashed line is the uniform distribution over them."""
+    rows = math.ceil(len(panels) / 4)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.7 * rows), layout="constrained")
+        for place, (title, counts, levels) in enumerate(panels, 1):
+            axes = figure.add_subplot(rows, 4, place)
+            axes.set_title(title, parse_math=False, fontsize=8)
+            share = np.asarray(counts, dtype=np.float64) / (sum(counts) or 1)
+            if levels:
+                axes.bar(range(len(share)), share, width=0.8, color=COLOURS[0])
+            else:
+                x, y = thin(np.arange(1, len(share) + 1), np.sort(share)[::-1])
+                axes.fill_between(x, y, color=COLOURS[0], alpha=0.4, linewidth=0)
+            axes.axhline(1 / len(share), color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(2))
+            axes.tick_params(labelsize=7.5, length=2)
         return figure
 
 

@@ -24,7 +24,7 @@ LAYERS = [  # a row imports rows above it in this list, and itself
     {"engine", "evaluate", "report"},
     {"runs"},
     {"predict", "sampling"},
-    {"demo", "probe"},
+    {"demo", "study", "probe", "diagnose"},
     {"cli"},
 ]
 PARTS = {"figures": "report", "options": "cli"}  # a module that belongs to another

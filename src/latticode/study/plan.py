@@ -1,0 +1,270 @@
+"""What a study trains: quantizers and sizes, the jobs they make, and the number of steps that a budget pays for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from latticode.engine.config import ConfigError, RunConfig, differences, load_config, override, read_recipe, validate
+from latticode.files import write_text
+from latticode.quantizers.levels import recommend
+from latticode.registry import nearest
+
+RECIPES = {"tokenizer": "study", "prior": "study-prior"}
+PRIOR_SHARE = 0.5  # of the budget
+ENTROPY = {"sample_entropy": 0.1, "diversity": 0.1}  # weights of the paper, and of MaskGIT
+LEARNED = {"codebook": 1.0, "commitment": 0.25}
+OWN = ("tokenizer.quantizer", "steps", "seed", "data.source")  # keys that the study sets
+LARGEST = 2**24
+
+Spec = dict[str, Any]
+
+
+def _fsq(size: int) -> tuple[Spec, dict[str, float]]:
+    found = recommend(size=size)
+    return {"type": "fsq", "levels": list(found.levels), "bound": found.bound}, {}
+
+
+def _vq(size: int) -> tuple[Spec, dict[str, float]]:
+    """The FSQ paper's rival, which is MaskGIT's: learned by gradients, with the entropy losses, without restarts."""
+    spec = {"type": "vq", "size": size, "dim": 8, "update": "gradient", "entropy": 0.01}
+    return {**spec, "kmeans": False, "restart": 0.0}, LEARNED | ENTROPY
+
+
+def _vq_ema(size: int) -> tuple[Spec, dict[str, float]]:
+    return {"type": "vq", "size": size, "dim": 8, "update": "ema"}, {"commitment": 0.25}
+
+
+def _simvq(size: int) -> tuple[Spec, dict[str, float]]:
+    return {"type": "simvq", "size": size, "dim": 32}, LEARNED
+
+
+def _lfq(size: int) -> tuple[Spec, dict[str, float]]:
+    return {"type": "lfq", "dim": _whole_bits("lfq", size)}, {"commitment": 0.25, **ENTROPY}
+
+
+def _bsq(size: int) -> tuple[Spec, dict[str, float]]:
+    return {"type": "bsq", "dim": _whole_bits("bsq", size)}, {"commitment": 0.0, **ENTROPY}
+
+
+def _whole_bits(name: str, size: int) -> int:
+    if size.bit_count() != 1:
+        raise ValueError(f"{name} has one bit a channel, so its size must be a power of two, got {size}")
+    return size.bit_length() - 1
+
+
+# name -> size -> spec of the quantizer, weights of its losses
+QUANTIZERS: dict[str, Callable[[int], tuple[Spec, dict[str, float]]]] = {
+    "fsq": _fsq,
+    "vq": _vq,
+    "vq-ema": _vq_ema,
+    "simvq": _simvq,
+    "lfq": _lfq,
+    "bsq": _bsq,
+}
+
+
+class Job(NamedTuple):
+    quantizer: str
+    size: int  # that was asked for; FSQ's levels come near it
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.quantizer}-{self.size}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one job on this machine."""
+
+    fixed: float  # to begin, to evaluate, to encode a prior's images
+    step: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What OUT/study.json holds. `costs` are measured at two sizes of each quantizer, and of its prior, if at all."""
+
+    source: str
+    sizes: tuple[int, ...]
+    quantizers: tuple[str, ...]
+    seeds: int
+    prior: bool = False
+    features: str | None = None  # classifier run of the FIDs
+    samples: int = 1000  # drawn from each prior
+    recipe: str = RECIPES["tokenizer"]
+    overrides: tuple[str, ...] = ()
+    budget: float | None = None  # seconds
+    steps: int = 0  # 0: not known yet
+    prior_steps: int = 0
+    costs: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]] | None = None  # kind, quantizer, size
+
+    def __post_init__(self) -> None:
+        for name in self.quantizers:
+            if name not in QUANTIZERS:
+                raise ValueError(f"no quantizer {name!r} to study{nearest(name, QUANTIZERS)}")
+            for size in self.sizes:
+                QUANTIZERS[name](size)
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be >= 1, got {self.seeds}")
+        for text in self.overrides:
+            key = text.partition("=")[0]
+            if any(key == own or key.startswith(f"{own}.") for own in OWN):
+                raise ValueError(f"the study itself sets {key}, so it cannot be overridden; it sets {', '.join(OWN)}")
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Seed by seed and size by size, so that what is done early is already a picture of the whole."""
+        seeds, sizes = range(self.seeds), self.sizes
+        return [Job(name, size, seed) for seed in seeds for size in sizes for name in self.quantizers]
+
+    def tokenizer_config(self, job: Job) -> RunConfig:
+        """The run of a job's tokenizer. An override of a weight that a quantizer has no loss for is for the others."""
+        spec, weights = QUANTIZERS[job.quantizer](job.size)
+        recipe = read_recipe(self.recipe)
+        content = override(recipe, [text for text in self.overrides if not text.startswith("prior.")])
+        foreign = {key for make in QUANTIZERS.values() for key in make(16)[1]} - weights.keys()
+        own = {key: value for key, value in content["weights"].items() if key not in foreign}
+        if not isinstance(content.get("tokenizer"), dict):
+            raise ConfigError(f"recipe {self.recipe!r} trains no tokenizer, so there is nothing to give quantizers to")
+        content["tokenizer"]["quantizer"] = spec
+        content["data"]["source"] = self.source
+        content |= {"weights": weights | own, "seed": job.seed, "steps": max(self.steps, 1)}
+        return _warmed(validate(content))
+
+    def prior_config(self, job: Job, tokenizer: Path) -> RunConfig:
+        """The run of a prior over the tokens of `tokenizer`, a run."""
+        own = [text for text in self.overrides if text.startswith("prior.")]
+        more = [f"tokenizer={json.dumps(str(tokenizer))}", f"seed={job.seed}", f"steps={max(self.prior_steps, 1)}"]
+        return _warmed(load_config(RECIPES["prior"], [*own, *more]))
+
+    def estimate(self, job: Job) -> float:
+        """Seconds of a job as far as they are known; else 1 for every job."""
+        if self.costs is None:
+            return 1.0
+        steps = {"tokenizer": self.steps, "prior": self.prior_steps}
+        costs = {kind: between(measured[job.quantizer], job.size) for kind, measured in self.costs.items()}
+        return sum(cost.fixed + cost.step * steps[kind] for kind, cost in costs.items())
+
+    def write(self, folder: Path) -> None:
+        write_text(folder / "study.json", json.dumps(asdict(self), indent=2) + "\n")
+
+
+def _warmed(config: RunConfig) -> RunConfig:
+    """Warm-up takes a tenth of a short run at the most."""
+    warmup = min(config.optimizer.warmup, config.steps // 10)
+    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"warmup": warmup})})
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan of the study in `folder`, if there is one. Raises ValueError for a file that is none."""
+    path = folder / "study.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lists = {key: tuple(content[key]) for key in ("sizes", "quantizers", "overrides")}
+        return Plan(**{**content, **lists})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the plan of a study: {error}") from None
+
+
+def check_same(old: Plan, new: Plan) -> None:
+    """Raise ValueError if `new` asks for another study than `old`; what `new` leaves open agrees."""
+    left_open = {"budget", "costs"} | {key for key in ("steps", "prior_steps") if not getattr(new, key)}
+    there, now = ({k: v for k, v in asdict(plan).items() if k not in left_open} for plan in (old, new))
+    if changes := differences(there, now):
+        raise ValueError(f"the plan there is of another study; choose another folder with --out: {changes}")
+
+
+def between(measured: Mapping[str, Sequence[float]], size: int) -> Cost:
+    """The cost at `size`, on the line through those at two sizes: searches and entropies are linear in it."""
+    points = sorted((int(at), Cost(*cost)) for at, cost in measured.items())
+    (low, first), (high, last) = points[0], points[-1]
+    share = (size - low) / (high - low) if high > low else 0.0
+    return Cost(first.fixed + share * (last.fixed - first.fixed), first.step + share * (last.step - first.step))
+
+
+def steps_for(seconds: float, costs: Iterable[Cost]) -> int:
+    """The largest number of steps that every job can take in `seconds` of all. Raises ValueError if it is 0."""
+    costs = list(costs)
+    fixed, step = sum(cost.fixed for cost in costs), sum(cost.step for cost in costs)
+    steps = math.floor((seconds - fixed) / step)
+    if steps < 1:
+        raise ValueError(
+            f"{len(costs)} jobs need {fixed:.0f} s to begin and to be evaluated and {step:.2f} s for a step of each, "
+            f"and {seconds:.0f} s are left: raise --budget, or ask for fewer sizes, quantizers or seeds"
+        )
+    return steps
+
+
+def planned(plan: Plan, seconds: float) -> Plan:
+    """`plan` with as many steps as its costs and `seconds` allow."""
+    assert plan.costs is not None
+    shares = {"tokenizer": 1 - PRIOR_SHARE, "prior": PRIOR_SHARE} if plan.prior else {"tokenizer": 1.0}
+    steps = {
+        kind: steps_for(seconds * share, (between(plan.costs[kind][job.quantizer], job.size) for job in plan.jobs))
+        for kind, share in shares.items()
+    }
+    return replace(plan, steps=steps["tokenizer"], prior_steps=steps.get("prior", 0))
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Ascending sizes of "2^4..2^16", all powers of two from one to the other, or of a list, "16,64,2^8"."""
+    first, dots, last = text.partition("..")
+    if dots:
+        low, high = _size(first, text), _size(last, text)
+        sizes = [2**bits for bits in range(LARGEST.bit_length()) if low <= 2**bits <= high]
+    else:
+        sizes = [_size(part, text) for part in text.split(",")]
+    if not sizes:
+        raise ValueError(f"no power of two lies in the sizes {text}")
+    return tuple(sorted(set(sizes)))
+
+
+def _size(text: str, whole: str) -> int:
+    found = re.fullmatch(r"(?:2\^)?(\d{1,9})", text.strip())
+    number = int(found[1]) if found else 0
+    size = 2 ** min(number, 64) if "^" in text else number
+    if not 2 <= size <= LARGEST:
+        raise ValueError(f"sizes are numbers from 2 to 2^24, as 2^4..2^16 or 16,64,256; got {text!r} in {whole!r}")
+    return size
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of "90s", "30m", "2h", "1h30m"."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    if not (total := 3600 * hours + 60 * minutes + seconds):
+        raise ValueError(f"a budget is a time as 90s, 30m or 1h30m, got {text!r}")
+    return float(total)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", the i-th of n parts from 1 on."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
+    index, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= index <= count:
+        raise ValueError(f"a shard is i/n with i from 1 to n, got {text!r}")
+    return index, count
+
+
+__all__ = [
+    "QUANTIZERS",
+    "Cost",
+    "Job",
+    "Plan",
+    "check_same",
+    "parse_budget",
+    "parse_shard",
+    "parse_sizes",
+    "planned",
+    "read_plan",
+    "steps_for",
+]

@@ -1,0 +1,190 @@
+"""Runs the jobs of a study one after another, each a run folder of its own, and writes what they gave."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from latticode import runs
+from latticode.engine import TrainingError, train
+from latticode.engine.config import RunConfig
+from latticode.files import write_text
+from latticode.report import cell
+from latticode.study.page import write_study_page
+from latticode.study.plan import Cost, Job, Plan, check_same, planned, read_plan
+from latticode.study.table import PROBLEMS, finished, read_rows, write_csv
+
+CALIBRATION = 8  # steps, the first two of which do not count
+QUIET = Console(quiet=True)
+
+Measure = Callable[[Plan, Job, Path], dict[str, Cost]]
+
+
+def study(
+    plan: Plan, folder: Path, *, shard: tuple[int, int] = (1, 1), plan_only: bool = False, console: Console
+) -> Path:
+    """Do what `folder` lacks of `plan`, or the `shard` (i, n) of it, and write study.csv and study.html there.
+
+    Returns the path of the page. Where `folder` holds a plan already, its steps are taken. A job that fails is recorded
+    and tried again by the next call. Raises ValueError for a folder with another study, for a budget that pays for no
+    step, and for a part of a study whose steps are not known yet: shards must not measure them each for itself.
+    """
+    plan = _settled(plan, folder, shard, console)
+    if plan_only:
+        return folder / "study.json"
+    index, count = shard
+    mine = plan.jobs[index - 1 :: count]
+    todo = [job for job in mine if not finished(folder, plan, job)]
+    if len(todo) < len(mine):
+        console.print(f"{len(mine) - len(todo)} of {len(mine)} jobs are there already")
+    began, spent = time.monotonic(), 0.0
+    for number, job in enumerate(todo, 1):
+        said = run_job(plan, job, folder)
+        spent += plan.estimate(job)
+        left = (time.monotonic() - began) / spent * sum(plan.estimate(other) for other in todo[number:])
+        console.print(f"{number}/{len(todo)} {job.name}: {said}; {_duration(left)} left", markup=False, soft_wrap=True)
+    rows = read_rows(folder, plan)
+    write_csv(folder / "study.csv", rows)
+    return write_study_page(folder, plan, rows)
+
+
+def run_job(plan: Plan, job: Job, folder: Path) -> str:
+    """Train and evaluate one job; returns its scores in words, or its error, which is recorded in its folder.
+
+    Raises TrainingError if it was interrupted.
+    """
+    place = folder / "jobs" / job.name
+    began = time.monotonic()
+    _forget_peak()
+    error, scores = "", {}
+    try:
+        scores = _tokenizer(plan, job, place)
+        if plan.prior:
+            config = plan.prior_config(job, place)
+            train(config, place / "prior", resume=True, console=QUIET)
+            scores |= _evaluate(plan, place / "prior")
+    except TrainingError as failure:
+        if str(failure).startswith("interrupted"):
+            raise
+        error = str(failure)
+    except Exception as failure:  # whatever it is, the other jobs must go on
+        error = f"{type(failure).__name__}: {failure}"
+    facts = {"error": error} if error else {"peak_memory_mb": _peak()}
+    write_text(place / PROBLEMS, json.dumps(facts) + "\n")
+    if error:
+        return f"failed: {error.splitlines()[0]}"
+    shown = [
+        f"{key.replace('_', ' ')} {cell(scores[key])}" for key in ("psnr", "usage", "compression_cost") if key in scores
+    ]
+    return f"{', '.join(shown)}, {_duration(time.monotonic() - began)}"
+
+
+def _tokenizer(plan: Plan, job: Job, place: Path) -> dict[str, Any]:
+    train(plan.tokenizer_config(job), place, resume=True, console=QUIET)
+    return _evaluate(plan, place)
+
+
+def _evaluate(plan: Plan, run: Path) -> dict[str, Any]:
+    return runs.evaluate(run, features=plan.features, samples=plan.samples, console=QUIET)
+
+
+def _settled(plan: Plan, folder: Path, shard: tuple[int, int], console: Console) -> Plan:
+    """The plan with its steps: the one in `folder`, or `plan`, measured if need be, which then is in `folder`."""
+    old = read_plan(folder)
+    if old is not None:
+        check_same(old, plan)
+        return old
+    if not plan.steps:
+        if shard != (1, 1):
+            raise ValueError(
+                f"{folder} holds no plan, and shards that each measured the steps would differ: write it first with "
+                "--plan-only, or give --steps"
+            )
+        plan = calibrated(plan, folder, measure, console)
+    elif plan.prior and not plan.prior_steps:
+        plan = replace(plan, prior_steps=plan.steps)
+    plan.write(folder)
+    return plan
+
+
+def calibrated(
+    plan: Plan, folder: Path, measured: Measure, console: Console, clock: Callable[[], float] = time.monotonic
+) -> Plan:
+    """`plan` with the costs of every quantizer at the smallest and largest size, and the steps that the rest of the
+    budget then allows."""
+    assert plan.budget is not None
+    began = clock()
+    costs: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    for name in plan.quantizers:
+        for size in sorted({plan.sizes[0], plan.sizes[-1]}):
+            with_kinds = measured(plan, Job(name, size, 0), folder / "calibration")
+            for kind, cost in with_kinds.items():
+                costs.setdefault(kind, {}).setdefault(name, {})[str(size)] = (cost.fixed, cost.step)
+    budget = plan.budget
+    plan = planned(replace(plan, costs=costs), budget - (clock() - began))
+    more = f" and {plan.prior_steps:,} of its prior" if plan.prior else ""
+    console.print(f"{len(plan.jobs)} jobs of {plan.steps:,} steps{more} fit in {_duration(budget)}")
+    return plan
+
+
+def measure(plan: Plan, job: Job, place: Path) -> dict[str, Cost]:
+    """Costs of a job's tokenizer and, if wanted, its prior: a few steps and the evaluation, done in earnest."""
+    try:
+        costs = {"tokenizer": _timed(plan, plan.tokenizer_config(job), place)}
+        if plan.prior:
+            costs["prior"] = _timed(plan, plan.prior_config(job, place), place / "prior")
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return costs
+
+
+def _timed(plan: Plan, config: RunConfig, run: Path) -> Cost:
+    config = config.model_copy(update={"steps": CALIBRATION, "log_every": 1})
+    began = time.monotonic()
+    train(config, run, console=QUIET)
+    _evaluate(plan, run)
+    whole = time.monotonic() - began
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    step = statistics.median(b - a for a, b in zip(seconds[1:], seconds[2:], strict=False))
+    return Cost(max(0.0, whole - CALIBRATION * step), step)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
+
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _forget_peak() -> None:
+    """Let the peak begin anew: of the accelerator, or of this process where Linux allows it (proc(5), clear_refs)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif CLEAR.exists():
+        try:
+            CLEAR.write_text("5")
+        except OSError:
+            return
+
+
+def _peak() -> float | None:
+    """Megabytes since `_forget_peak`; None where nobody knows."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()) if CLEAR.exists() else None
+    return round(int(found[1]) * 1024 / 1e6, 1) if found else None
+
+
+__all__ = ["calibrated", "measure", "run_job", "study"]

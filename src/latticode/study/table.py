@@ -1,0 +1,140 @@
+"""The numbers of a study: one row for each job, and that the rows may stand in one table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from latticode.engine.config import differences, read_run
+from latticode.files import write_text
+from latticode.study.plan import Job, Plan
+
+PROBLEMS = "job.json"  # of a job: its error, or its peak memory
+FIRST = ("quantizer", "size", "codes", "bits", "seed", "steps", "psnr", "ssim", "usage", "perplexity", "entropy_bits")
+OF_PRIOR = ("compression_cost", "bits_per_pixel", "samples_per_second")
+NETWORKED = ("rfid_", "fid_", "precision_", "recall_")  # keys that end with the name of a feature network
+VARIES = {"seed", "about"}  # of the training of two jobs; and what makes up the quantizer
+
+Row = dict[str, Any]
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over seeds; the latter is None for one seed."""
+
+    mean: float
+    deviation: float | None
+
+
+def job_folder(folder: Path, job: Job) -> Path:
+    return folder / "jobs" / job.name
+
+
+def finished(folder: Path, plan: Plan, job: Job) -> bool:
+    """Whether a job is trained and evaluated to the end."""
+    place = job_folder(folder, job)
+    ends = [place / "evaluation.json", *([place / "prior" / "evaluation.json"] if plan.prior else [])]
+    facts = _read(place / PROBLEMS)
+    return facts is not None and "error" not in facts and all(end.is_file() for end in ends)
+
+
+def read_rows(folder: Path, plan: Plan) -> list[Row]:
+    """A row for each job of `plan` that was begun and ended: its numbers, or what it is and its `error`.
+
+    Raises ValueError, naming both jobs, if two were trained or evaluated under different protocols.
+    """
+    done = [job for job in plan.jobs if finished(folder, plan, job)]
+    check_protocols(folder, done)
+    rows = []
+    for job in plan.jobs:
+        if job in done:
+            rows.append(_row(job_folder(folder, job), job))
+        elif (facts := _read(job_folder(folder, job) / PROBLEMS)) and "error" in facts:
+            rows.append({**job._asdict(), "error": facts["error"]})
+    return rows
+
+
+def _row(place: Path, job: Job) -> Row:
+    result, about = _object(place / "evaluation.json"), _object(place / "run.json")
+    row: Row = {**job._asdict(), "codes": round(2 ** result["bits_per_token"]), "bits": result["bits_per_token"]}
+    row |= {key: result[key] for key in FIRST if key in result}
+    row |= {key: value for key, value in result.items() if key.startswith(NETWORKED)}
+    row |= {key: about[key] for key in ("steps", "parameters", "seconds")}
+    if (place / "prior" / "evaluation.json").is_file():
+        result, about = _object(place / "prior" / "evaluation.json"), _object(place / "prior" / "run.json")
+        row |= {key: result[key] for key in OF_PRIOR if key in result}
+        row |= {key: value for key, value in result.items() if key.startswith(NETWORKED)}
+        row |= {f"prior_{key}": about[key] for key in ("steps", "parameters", "seconds")}
+    return row | _object(place / PROBLEMS)
+
+
+def protocols(place: Path) -> dict[str, Any]:
+    """Everything of a job that all jobs must have in common: how it was trained and how it was evaluated."""
+    found: dict[str, Any] = {}
+    for kind, run in (("tokenizer", place), ("prior", place / "prior")):
+        if (run / "evaluation.json").is_file():
+            scored = {k: v for k, v in _object(run / "evaluation.json")["protocol"].items() if k != "run"}
+            trained = read_run(run).model_dump(mode="json", exclude=VARIES)
+            if kind == "tokenizer":
+                trained["tokenizer"].pop("quantizer")
+                trained.pop("weights")
+            else:
+                trained = {k: v for k, v in trained.items() if k != "tokenizer"}
+                trained["prior"].pop("vocab", None)
+            found[kind] = {"evaluated": scored, "trained": trained}
+    return found
+
+
+def check_protocols(folder: Path, jobs: Iterable[Job]) -> None:
+    """Raise ValueError if two of the finished `jobs` are not comparable, with what differs."""
+    reference: tuple[Job, dict[str, Any]] | None = None
+    for job in jobs:
+        own = protocols(job_folder(folder, job))
+        if reference is None:
+            reference = job, own
+        elif changes := differences(reference[1], own, free={f"{kind}.trained.data.workers" for kind in own}):
+            raise ValueError(
+                f"{reference[0].name} and {job.name} were made under different protocols, so they do not belong in one "
+                f"table: {changes}; delete the folder of the one that is wrong and run the study again"
+            )
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    names = list(dict.fromkeys([*FIRST, *(key for row in rows for key in row if key != "error")]))
+    return [*names, *(["error"] if any("error" in row for row in rows) else [])]
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One line for each job; numbers are written in full, what a job has not is empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns_of(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def over_seeds(rows: Iterable[Row], key: str) -> dict[str, dict[int, Spread]]:
+    """quantizer -> size -> mean and spread of `key`, of the jobs that have it as a finite number."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        value = row.get(key)
+        if isinstance(value, int | float) and math.isfinite(value):
+            values.setdefault(row["quantizer"], {}).setdefault(row["size"], []).append(float(value))
+    return {name: {size: spread(found) for size, found in sizes.items()} for name, sizes in values.items()}
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return _object(path) if path.is_file() else None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

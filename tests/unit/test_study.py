@@ -1,0 +1,272 @@
+"""The study: its plan, its jobs, its tables, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from itertools import count
+
+import pytest
+
+from helpers import QUIET, TINY, tokenizer_spec
+from latticode import registry
+from latticode.engine import ConfigError, TrainingError
+from latticode.quantizers.levels import recommend
+from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_sizes, study
+from latticode.study import run as study_run
+from latticode.study.plan import Cost, Job, between, check_same, read_plan, steps_for
+from latticode.study.run import calibrated
+from latticode.study.table import over_seeds, read_rows
+
+SMALL = (  # digits, and a tokenizer of a few parameters
+    *(text for text in TINY if not text.startswith(("steps", "data.source"))),
+    *(f"tokenizer.{part}={tokenizer_spec()[part]}".replace("'", "") for part in ("encoder", "decoder")),
+)
+PLAN = Plan("embedded:digits", (16, 64), ("fsq", "vq-ema"), 1, overrides=SMALL, steps=2)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished study of two quantizers, two sizes, one seed, two steps."""
+    folder = tmp_path_factory.mktemp("study")
+    study(PLAN, folder, console=QUIET)
+    return folder
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    return shutil.copytree(done, tmp_path / "study")
+
+
+def lines(folder):
+    return list(csv.DictReader((folder / "study.csv").read_text().splitlines()))
+
+
+# --- the plan ---
+
+
+def test_sizes() -> None:
+    assert parse_sizes("2^4..2^8") == (16, 32, 64, 128, 256)
+    assert parse_sizes("10..70") == (16, 32, 64)
+    assert parse_sizes("256, 16,2^6,16") == (16, 64, 256)
+
+
+@pytest.mark.parametrize("text", ["", "1", "2^4..", "16..x", "2^25", "3..3", "2^99999999", "16;64", "-16"])
+def test_sizes_that_are_none(text) -> None:
+    with pytest.raises(ValueError, match="size"):
+        parse_sizes(text)
+
+
+def test_budgets_and_shards() -> None:
+    assert [parse_budget(text) for text in ("90s", "30m", "2h", "1h30m")] == [90, 1800, 7200, 5400]
+    assert parse_shard("2/3") == (2, 3)
+    for text in ("", "30", "0m", "m", "1m1h"):
+        with pytest.raises(ValueError, match="budget"):
+            parse_budget(text)
+    for text in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(ValueError, match="shard"):
+            parse_shard(text)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("size", [4, 16, 1024])
+def test_every_quantizer_has_the_size_and_a_weight_for_each_loss(name, size) -> None:
+    config = Plan("embedded:digits", (size,), (name,), 1).tokenizer_config(Job(name, size, 3))
+    quantizer = registry.build(config.tokenizer["quantizer"])
+    (codes,) = quantizer.vocab
+    assert codes == (recommend(size=size).size if name == "fsq" else size)
+    assert config.weights.keys() == {"mse", *QUANTIZERS[name](size)[1]}
+    assert (config.seed, config.data.source) == (3, "embedded:digits")
+
+
+def test_the_plan_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="'qv' to study; nearest: vq"):
+        replace(PLAN, quantizers=("fsq", "qv"))
+    for name in ("lfq", "bsq"):
+        with pytest.raises(ValueError, match=f"{name} .* power of two, got 24"):
+            replace(PLAN, quantizers=(name,), sizes=(16, 24))
+    for text in ("steps=5", "seed=1", "data.source=x", "tokenizer.quantizer.levels=[8,8]"):
+        with pytest.raises(ValueError, match="the study itself sets"):
+            replace(PLAN, overrides=(text,))
+    with pytest.raises(ConfigError, match="trains no tokenizer"):
+        replace(PLAN, recipe="maskgit", overrides=()).tokenizer_config(PLAN.jobs[0])
+
+
+def test_an_override_reaches_the_jobs_that_it_concerns() -> None:
+    plan = replace(PLAN, overrides=("weights.commitment=0.5", "weights.mse=2", "optimizer.warmup=40"), steps=100)
+    fsq, vq = (plan.tokenizer_config(Job(name, 16, 0)) for name in PLAN.quantizers)
+    assert fsq.weights == {"mse": 2.0}
+    assert vq.weights == {"mse": 2.0, "commitment": 0.5}
+    assert fsq.optimizer.warmup == 10  # a tenth of the steps
+
+
+def test_steps_are_the_most_that_the_budget_pays_for() -> None:
+    costs = [Cost(5, 0.1), Cost(10, 0.4)]
+    steps = steps_for(100, costs)
+    assert sum(c.fixed + steps * c.step for c in costs) <= 100 < sum(c.fixed + (steps + 1) * c.step for c in costs)
+    with pytest.raises(ValueError, match="raise --budget"):
+        steps_for(15.4, costs)
+
+
+def test_costs_between_two_sizes_lie_on_a_line() -> None:
+    measured = {"1024": (5.0, 0.5), "16": (3.0, 0.1)}
+    assert between(measured, 16) == Cost(3, 0.1)
+    assert between(measured, 1024) == Cost(5, 0.5)
+    assert between(measured, 520).step == pytest.approx(0.3)
+    assert between({"16": (3.0, 0.1)}, 16) == Cost(3, 0.1)
+
+
+def test_calibration_counts_against_the_budget_and_the_prior_gets_its_share(tmp_path) -> None:
+    clock = count(0, 40.0)  # seconds: the calibration takes 40
+
+    def measured(plan, job, place):
+        return {"tokenizer": Cost(1.0, 0.01 * job.size), "prior": Cost(2.0, 0.1)}
+
+    plan = calibrated(
+        replace(PLAN, steps=0, budget=240.0, prior=True), tmp_path, measured, QUIET, clock=lambda: next(clock)
+    )
+    assert plan.steps == (100 - 4) / (2 * 0.16 + 2 * 0.64)  # half of the 200 seconds that are left
+    assert plan.prior_steps == round((100 - 8) / 0.4)
+    assert plan.estimate(plan.jobs[0]) == pytest.approx(1 + 0.16 * plan.steps + 2 + 0.1 * plan.prior_steps)
+    plan.write(tmp_path)
+    again = read_plan(tmp_path)
+    assert again is not None
+    assert (again.steps, again.prior_steps) == (plan.steps, plan.prior_steps)
+    assert [again.estimate(job) for job in again.jobs] == [plan.estimate(job) for job in plan.jobs]
+
+
+def test_a_plan_is_read_and_not_measured_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(study_run, "measure", lambda *_: pytest.fail("measured again"))
+    PLAN.write(tmp_path)
+    assert study(replace(PLAN, steps=0, budget=60.0), tmp_path, plan_only=True, console=QUIET).is_file()
+    with pytest.raises(ValueError, match="seeds: 1 there, 2 now"):
+        study(replace(PLAN, seeds=2), tmp_path, plan_only=True, console=QUIET)
+    with pytest.raises(ValueError, match="steps: 2 there, 3 now"):
+        check_same(PLAN, replace(PLAN, steps=3))
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the plan of a study"):
+        read_plan(tmp_path)
+
+
+def test_a_shard_without_a_plan_does_not_measure(tmp_path) -> None:
+    with pytest.raises(ValueError, match="--plan-only"):
+        study(replace(PLAN, steps=0, budget=60.0), tmp_path, shard=(1, 2), console=QUIET)
+
+
+# --- the jobs ---
+
+
+def test_the_table_repeats_the_evaluations(done) -> None:
+    rows = lines(done)
+    assert [(row["quantizer"], row["size"], row["seed"]) for row in rows] == [tuple(map(str, job)) for job in PLAN.jobs]
+    for row, job in zip(rows, PLAN.jobs, strict=True):
+        evaluation = json.loads((done / "jobs" / job.name / "evaluation.json").read_text())
+        about = json.loads((done / "jobs" / job.name / "run.json").read_text())
+        for key in ("psnr", "usage", "perplexity", "entropy_bits"):
+            assert float(row[key]) == evaluation[key]
+        assert float(row["bits"]) == evaluation["bits_per_token"]
+        assert int(row["parameters"]) == about["parameters"]
+        assert row["steps"] == "2"
+
+
+def test_the_page_shows_it(done) -> None:
+    page = (done / "study.html").read_text()
+    for title in ("Against the size of the codebook", "Numbers", "Reconstructions", "Levels", "Protocol"):
+        assert f"<h2>{title}</h2>" in page
+    assert "Failed jobs" not in page
+    for text in ("embedded:digits", "4 of 4", "vq-ema"):
+        assert text in page
+
+
+def test_finished_jobs_are_skipped(copied, monkeypatch) -> None:
+    monkeypatch.setattr(study_run, "train", lambda *_, **__: pytest.fail("trained again"))
+    before = lines(copied)
+    study(PLAN, copied, console=QUIET)
+    assert lines(copied) == before
+
+
+def test_shards_part_the_jobs_and_merge(done, tmp_path, monkeypatch) -> None:
+    ran = []
+
+    def run(plan, job, folder):
+        ran.append(job)
+        shutil.copytree(done / "jobs" / job.name, folder / "jobs" / job.name)
+        return "copied"
+
+    monkeypatch.setattr(study_run, "run_job", run)
+    for index in (1, 2, 3):
+        study(PLAN, tmp_path, shard=(index, 3), console=QUIET)
+        assert len(lines(tmp_path)) == len(ran)
+    assert sorted(ran) == sorted(PLAN.jobs)
+    assert lines(tmp_path) == lines(done)
+
+
+def test_a_failing_job_is_recorded_and_the_others_go_on(copied, monkeypatch) -> None:
+    broken, other = PLAN.jobs[1], PLAN.jobs[2]
+    whole = lines(copied)
+    for job in (broken, other):
+        (copied / "jobs" / job.name / "job.json").unlink()
+
+    def train(config, folder, **_):
+        if folder.name == broken.name:
+            raise TrainingError("loss mse is not finite <b>")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_run, "train", train)
+        study(PLAN, copied, console=QUIET)
+    rows = lines(copied)
+    assert [row["error"] for row in rows] == ["", "loss mse is not finite <b>", "", ""]
+    assert (rows[1]["psnr"], rows[2]["psnr"]) == ("", whole[2]["psnr"])
+    page = (copied / "study.html").read_text()
+    assert "Failed jobs" in page
+    assert "not finite &lt;b&gt;" in page
+    study(PLAN, copied, console=QUIET)  # which tries it again
+    assert [row["psnr"] for row in lines(copied)] == [row["psnr"] for row in whole]
+
+
+def test_an_interruption_ends_the_study(copied, monkeypatch) -> None:
+    job = PLAN.jobs[0]
+    (copied / "jobs" / job.name / "job.json").unlink()
+
+    def train(*_, **__):
+        raise TrainingError("interrupted at step 1 of 2, saved; go on with --resume")
+
+    monkeypatch.setattr(study_run, "train", train)
+    with pytest.raises(TrainingError, match="interrupted"):
+        study(PLAN, copied, console=QUIET)
+    assert not (copied / "jobs" / job.name / "job.json").exists()
+
+
+@pytest.mark.parametrize("file", ["evaluation.json", "config.yaml"])
+def test_jobs_of_different_protocols_do_not_mix(copied, file) -> None:
+    path = copied / "jobs" / PLAN.jobs[2].name / file
+    old, new = ('"split": "test"', '"split": "train"') if file == "evaluation.json" else ("steps: 2", "steps: 3")
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=r"fsq-16-0 and fsq-64-0 were made under different protocols.*(split|steps)"):
+        read_rows(copied, PLAN)
+
+
+def test_spread_over_seeds() -> None:
+    rows = [{"quantizer": "fsq", "size": 16, "psnr": value} for value in (20.0, 22.0, None)]
+    rows.append({"quantizer": "fsq", "size": 64, "psnr": 23.0})
+    found = over_seeds(rows, "psnr")["fsq"]
+    assert found[16] == (21.0, pytest.approx(2**0.5))
+    assert found[64] == (23.0, None)
+
+
+def test_a_study_with_priors_that_measures_its_steps(tmp_path) -> None:
+    small = ("prior.width=16", "prior.depth=1", "prior.heads=2")
+    plan = replace(PLAN, sizes=(16,), quantizers=("fsq",), prior=True, samples=4, overrides=(*SMALL, *small), steps=0)
+    with pytest.raises(ValueError, match="raise --budget"):
+        study(replace(plan, budget=1e-3), tmp_path, console=QUIET)
+    assert not (tmp_path / "study.json").exists()
+    study(replace(plan, steps=2), tmp_path, console=QUIET)
+    (row,) = lines(tmp_path)
+    evaluation = json.loads((tmp_path / "jobs" / "fsq-16-0" / "prior" / "evaluation.json").read_text())
+    assert float(row["compression_cost"]) == evaluation["compression_cost"]
+    assert row["prior_steps"] == "2"
+    assert "Compression cost" in (tmp_path / "study.html").read_text()
