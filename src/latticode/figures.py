@@ -156,7 +156,7 @@ def trade_off(title: str, label: str, series: Mapping[str, Sequence[Point]], *, 
         if diagonal:
             ends = [min(p[0] for line in series.values() for p in line), max(p[0] for s in series.values() for p in s)]
             axes.plot(ends, ends, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
-        axes.xaxis.set_major_locator(MaxNLocator(7))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(label)
         axes.grid(True, axis="y")

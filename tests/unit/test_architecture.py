@@ -22,12 +22,12 @@ LAYERS = [  # a row imports rows above it in this list, and itself
     {"tasks"},
     {"editing", "objectives", "outputs", "scores", "tiling", "uvim"},
     {"engine", "evaluate", "report"},
-    {"runs"},
+    {"runs", "semantics"},
     {"predict", "sampling"},
     {"demo", "study", "probe", "diagnose"},
     {"cli"},
 ]
-PARTS = {"figures": "report", "options": "cli"}  # a module that belongs to another
+PARTS = {"figures": "report", "options": "cli", "cli_study": "cli"}  # a module that belongs to another
 FENCES = {  # heavy dependency -> where alone it may be imported
     "accelerate": {"engine"},
     "triton": {"kernels"},

@@ -9,10 +9,13 @@ from dataclasses import replace
 from itertools import count
 
 import pytest
+from typer.testing import CliRunner
 
 from helpers import QUIET, TINY, tokenizer_spec
-from latticode import registry
+from latticode import figures, registry
+from latticode.cli import app
 from latticode.engine import ConfigError, TrainingError
+from latticode.metrics.classifier import Classifier
 from latticode.quantizers.levels import recommend
 from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_sizes, study
 from latticode.study import run as study_run
@@ -74,7 +77,7 @@ def test_budgets_and_shards() -> None:
 @pytest.mark.parametrize("size", [4, 16, 1024])
 def test_every_quantizer_has_the_size_and_a_weight_for_each_loss(name, size) -> None:
     config = Plan("embedded:digits", (size,), (name,), 1).tokenizer_config(Job(name, size, 3))
-    quantizer = registry.build(config.tokenizer["quantizer"])
+    quantizer = registry.build(config.spec["quantizer"])
     (codes,) = quantizer.vocab
     assert codes == (recommend(size=size).size if name == "fsq" else size)
     assert config.weights.keys() == {"mse", *QUANTIZERS[name](size)[1]}
@@ -122,7 +125,8 @@ def test_calibration_counts_against_the_budget_and_the_prior_gets_its_share(tmp_
     clock = count(0, 40.0)  # seconds: the calibration takes 40
 
     def measured(plan, job, place):
-        return {"tokenizer": Cost(1.0, 0.01 * job.size), "prior": Cost(2.0, 0.1)}
+        tokenizer = {"tokenizer": Cost(1.0, 0.01 * job.size)}
+        return tokenizer | ({"prior": Cost(2.0, 0.1)} if plan.prior else {})
 
     plan = calibrated(
         replace(PLAN, steps=0, budget=240.0, prior=True), tmp_path, measured, QUIET, clock=lambda: next(clock)
@@ -153,6 +157,15 @@ def test_a_plan_is_read_and_not_measured_again(tmp_path, monkeypatch) -> None:
 def test_a_shard_without_a_plan_does_not_measure(tmp_path) -> None:
     with pytest.raises(ValueError, match="--plan-only"):
         study(replace(PLAN, steps=0, budget=60.0), tmp_path, shard=(1, 2), console=QUIET)
+
+
+def test_the_command_line_writes_the_plan(tmp_path) -> None:
+    words = f"study embedded:digits data.size=8 --steps 5 --sizes 16..64 --quantizers fsq,lfq --out {tmp_path}"
+    result = CliRunner().invoke(app, [*words.split(), "--plan-only"])
+    assert result.exit_code == 0
+    assert result.stdout.replace("\n", "").endswith("study.json")
+    plan = read_plan(tmp_path)
+    assert plan == Plan("embedded:digits", (16, 32, 64), ("fsq", "lfq"), 1, overrides=("data.size=8",), steps=5)
 
 
 # --- the jobs ---
@@ -250,6 +263,17 @@ def test_jobs_of_different_protocols_do_not_mix(copied, file) -> None:
         read_rows(copied, PLAN)
 
 
+def test_the_chart_shows_means_spreads_and_the_diagonal() -> None:
+    series = {"fsq": [(4.0, 3.0, 0.5), (8.0, 7.0, 0.25)], "vq": [(4.0, 2.0, 0.0)]}
+    (axes,) = figures.trade_off("entropy", "bits", series, diagonal=True).axes
+    first, second = axes.containers
+    assert first.lines[0].get_xydata().tolist() == [[4, 3], [8, 7]]
+    assert [bar.tolist() for bar in first.lines[2][0].get_segments()] == [[[4, 2.5], [4, 3.5]], [[8, 6.75], [8, 7.25]]]
+    assert not second.has_yerr
+    assert axes.lines[-1].get_xydata().tolist() == [[4, 4], [8, 8]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fsq", "vq"]
+
+
 def test_spread_over_seeds() -> None:
     rows = [{"quantizer": "fsq", "size": 16, "psnr": value} for value in (20.0, 22.0, None)]
     rows.append({"quantizer": "fsq", "size": 64, "psnr": 23.0})
@@ -259,14 +283,22 @@ def test_spread_over_seeds() -> None:
 
 
 def test_a_study_with_priors_that_measures_its_steps(tmp_path) -> None:
-    small = ("prior.width=16", "prior.depth=1", "prior.heads=2")
-    plan = replace(PLAN, sizes=(16,), quantizers=("fsq",), prior=True, samples=4, overrides=(*SMALL, *small), steps=0)
+    network = str(Classifier(10, 1, 4).save_pretrained(tmp_path / "classifier"))
+    small = (*SMALL, "prior.width=16", "prior.depth=1", "prior.heads=2")
+    plan = Plan(PLAN.source, (16,), ("fsq",), 1, True, network, samples=4, limit=8, overrides=small, steps=2)
     with pytest.raises(ValueError, match="raise --budget"):
-        study(replace(plan, budget=1e-3), tmp_path, console=QUIET)
+        study(replace(plan, steps=0, budget=1e-3), tmp_path, console=QUIET)
     assert not (tmp_path / "study.json").exists()
-    study(replace(plan, steps=2), tmp_path, console=QUIET)
+    assert not (tmp_path / "calibration").exists()
+    study(plan, tmp_path, console=QUIET)
     (row,) = lines(tmp_path)
     evaluation = json.loads((tmp_path / "jobs" / "fsq-16-0" / "prior" / "evaluation.json").read_text())
-    assert float(row["compression_cost"]) == evaluation["compression_cost"]
+    for key in ("compression_cost", "fid_classifier", "recall_classifier"):
+        assert float(row[key]) == evaluation[key]
+    assert float(row["rfid_classifier"]) > 0
     assert row["prior_steps"] == "2"
-    assert "Compression cost" in (tmp_path / "study.html").read_text()
+    assert evaluation["count"] == 8
+    assert float(row["peak_memory_mb"]) > 50
+    page = (tmp_path / "study.html").read_text()
+    assert "Compression cost" in page
+    assert "FID of samples" in page

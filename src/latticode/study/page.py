@@ -106,7 +106,7 @@ def _cell(value: Spread | None, factor: float) -> str:
     if value is None:
         return ""
     mean, deviation = _scaled(value, factor)
-    return cell(mean) if value.deviation is None else f"{cell(mean)} ± {deviation:.2g}"
+    return cell(mean) if value.deviation is None else f"{cell(mean)}\u00a0±\u00a0{deviation:.2g}"
 
 
 def _pictures(folder: Path, plan: Plan, rows: Sequence[Row]) -> Iterator[Section]:

@@ -98,6 +98,7 @@ class Plan:
     prior: bool = False
     features: str | None = None  # classifier run of the FIDs
     samples: int = 1000  # drawn from each prior
+    limit: int | None = None  # held-out images at most that a job is evaluated on
     recipe: str = RECIPES["tokenizer"]
     overrides: tuple[str, ...] = ()
     budget: float | None = None  # seconds

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,13 +18,16 @@ from rich.console import Console
 from latticode import runs
 from latticode.engine import TrainingError, train
 from latticode.engine.config import RunConfig
+from latticode.engine.feed import open_loader
+from latticode.evaluate.common import count_of
 from latticode.files import write_text
 from latticode.report import cell
 from latticode.study.page import write_study_page
 from latticode.study.plan import Cost, Job, Plan, check_same, planned, read_plan
 from latticode.study.table import PROBLEMS, finished, read_rows, write_csv
 
-CALIBRATION = 8  # steps, the first two of which do not count
+CALIBRATION, LOGGED = 12, 4  # steps of a measurement, and how many pass between two logs; the first few do not count
+LOOKS = (64, 320)  # images evaluated to know what all of them cost
 QUIET = Console(quiet=True)
 
 Measure = Callable[[Plan, Job, Path], dict[str, Cost]]
@@ -65,21 +68,21 @@ def run_job(plan: Plan, job: Job, folder: Path) -> str:
     """
     place = folder / "jobs" / job.name
     began = time.monotonic()
-    _forget_peak()
+    watching = _forget_peak()
     error, scores = "", {}
     try:
         scores = _tokenizer(plan, job, place)
         if plan.prior:
             config = plan.prior_config(job, place)
             train(config, place / "prior", resume=True, console=QUIET)
-            scores |= _evaluate(plan, place / "prior")
+            scores |= _evaluate(plan, place / "prior", plan.limit)
     except TrainingError as failure:
         if str(failure).startswith("interrupted"):
             raise
         error = str(failure)
     except Exception as failure:  # whatever it is, the other jobs must go on
         error = f"{type(failure).__name__}: {failure}"
-    facts = {"error": error} if error else {"peak_memory_mb": _peak()}
+    facts = {"error": error} if error else {"peak_memory_mb": _peak() if watching else None}
     write_text(place / PROBLEMS, json.dumps(facts) + "\n")
     if error:
         return f"failed: {error.splitlines()[0]}"
@@ -91,11 +94,11 @@ def run_job(plan: Plan, job: Job, folder: Path) -> str:
 
 def _tokenizer(plan: Plan, job: Job, place: Path) -> dict[str, Any]:
     train(plan.tokenizer_config(job), place, resume=True, console=QUIET)
-    return _evaluate(plan, place)
+    return _evaluate(plan, place, plan.limit)
 
 
-def _evaluate(plan: Plan, run: Path) -> dict[str, Any]:
-    return runs.evaluate(run, features=plan.features, samples=plan.samples, console=QUIET)
+def _evaluate(plan: Plan, run: Path, limit: int | None) -> dict[str, Any]:
+    return runs.evaluate(run, features=plan.features, samples=plan.samples, limit=limit, console=QUIET)
 
 
 def _settled(plan: Plan, folder: Path, shard: tuple[int, int], console: Console) -> Plan:
@@ -121,15 +124,18 @@ def calibrated(
     plan: Plan, folder: Path, measured: Measure, console: Console, clock: Callable[[], float] = time.monotonic
 ) -> Plan:
     """`plan` with the costs of every quantizer at the smallest and largest size, and the steps that the rest of the
-    budget then allows."""
+    budget then allows. What a prior costs depends on the number of codes alone: it is measured with one quantizer."""
     assert plan.budget is not None
     began = clock()
     costs: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    measured(replace(plan, prior=False), plan.jobs[0], folder / "calibration")  # a process's first run is its slowest
     for name in plan.quantizers:
         for size in sorted({plan.sizes[0], plan.sizes[-1]}):
-            with_kinds = measured(plan, Job(name, size, 0), folder / "calibration")
-            for kind, cost in with_kinds.items():
+            asked = replace(plan, prior=plan.prior and name == plan.quantizers[0])
+            for kind, cost in measured(asked, Job(name, size, 0), folder / "calibration").items():
                 costs.setdefault(kind, {}).setdefault(name, {})[str(size)] = (cost.fixed, cost.step)
+    if plan.prior:
+        costs["prior"] = dict.fromkeys(plan.quantizers, costs["prior"][plan.quantizers[0]])
     budget = plan.budget
     plan = planned(replace(plan, costs=costs), budget - (clock() - began))
     more = f" and {plan.prior_steps:,} of its prior" if plan.prior else ""
@@ -138,26 +144,35 @@ def calibrated(
 
 
 def measure(plan: Plan, job: Job, place: Path) -> dict[str, Cost]:
-    """Costs of a job's tokenizer and, if wanted, its prior: a few steps and the evaluation, done in earnest."""
+    """Costs of a job's tokenizer and, if wanted, its prior: a few steps, and what evaluating two numbers of images
+    says of all."""
     try:
         costs = {"tokenizer": _timed(plan, plan.tokenizer_config(job), place)}
         if plan.prior:
             costs["prior"] = _timed(plan, plan.prior_config(job, place), place / "prior")
     finally:
+        gc.collect()
         shutil.rmtree(place, ignore_errors=True)
     return costs
 
 
 def _timed(plan: Plan, config: RunConfig, run: Path) -> Cost:
-    config = config.model_copy(update={"steps": CALIBRATION, "log_every": 1})
+    config = config.model_copy(update={"steps": CALIBRATION, "log_every": LOGGED})
     began = time.monotonic()
     train(config, run, console=QUIET)
-    _evaluate(plan, run)
-    whole = time.monotonic() - began
+    trained = time.monotonic()
+    few = _evaluate(plan, run, LOOKS[0])["count"]
+    looked = time.monotonic()
+    more = _evaluate(plan, run, LOOKS[1])["count"]
+    first, second = looked - trained, time.monotonic() - looked
+    an_image = max(0.0, second - first) / max(more - few, 1)
+    images = max(
+        more, count_of(open_loader(config, "test", batch_size=64), plan.limit)
+    )  # how long a stream is nobody knows
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     seconds = [line["seconds"] for line in lines if "seconds" in line]
-    step = statistics.median(b - a for a, b in zip(seconds[1:], seconds[2:], strict=False))
-    return Cost(max(0.0, whole - CALIBRATION * step), step)
+    step = (seconds[-1] - seconds[0]) / (CALIBRATION - LOGGED)
+    return Cost(max(0.0, trained - began - CALIBRATION * step) + first + an_image * (images - few), step)
 
 
 def _duration(seconds: float) -> str:
@@ -168,22 +183,27 @@ def _duration(seconds: float) -> str:
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _forget_peak() -> None:
-    """Let the peak begin anew: of the accelerator, or of this process where Linux allows it (proc(5), clear_refs)."""
+def _forget_peak() -> bool:
+    """Let the peak begin anew: of the accelerator, or of this process where Linux allows it (proc(5), clear_refs).
+
+    Returns whether it did. A finished run lives on in reference cycles, with its images, until they are collected.
+    """
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif CLEAR.exists():
-        try:
-            CLEAR.write_text("5")
-        except OSError:
-            return
+        return True
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _peak() -> float | None:
-    """Megabytes since `_forget_peak`; None where nobody knows."""
+    """Megabytes at the most since `_forget_peak`; None where nobody tells."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()) if CLEAR.exists() else None
+    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
     return round(int(found[1]) * 1024 / 1e6, 1) if found else None
 
 
