@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latticode.priors import dalle
+from latticode.priors import base
 from latticode.priors.dalle import DALLE, KINDS, kind_of, sparse_mask
 from latticode.text import BPE
 from latticode.types import Conditioning, Sampling
@@ -117,7 +117,7 @@ def test_logits_with_a_cache_are_those_without(
     kind: str, guidance: float, prompt: int, monkeypatch: pytest.MonkeyPatch
 ):
     prior, seen = small(kind), []
-    monkeypatch.setattr(dalle, "filtered", lambda logits, sampling: seen.append(logits) or logits)
+    monkeypatch.setattr(base, "filtered", lambda logits, sampling: seen.append(logits) or logits)
     known = torch.full((4, 12), -1)
     known[:, :prompt] = 3
     codes = prior.sample(4, told(*CAPTIONS), sampling=Sampling(guidance=guidance), known=known.view(4, 3, 4, 1))

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latticode import FSQ, LFQ
 from latticode.nn.rotary import rotary_table
-from latticode.priors import GPT, gpt
+from latticode.priors import GPT, base
 from latticode.priors.symbols import Digits
 from latticode.types import Conditioning, Sampling
 
@@ -58,7 +58,7 @@ def test_logits_with_a_cache_are_those_without(
     spec: dict[str, Any], guidance: float, prompt: int, monkeypatch: pytest.MonkeyPatch
 ):
     prior, seen = small(**spec), []
-    monkeypatch.setattr(gpt, "filtered", lambda logits, sampling: seen.append(logits) or logits)
+    monkeypatch.setattr(base, "filtered", lambda logits, sampling: seen.append(logits) or logits)
     known = torch.full((3, 12, len(prior.vocab)), -1)
     known[:, :prompt] = 3
     labels = torch.tensor([0, 1, -1])

@@ -245,6 +245,39 @@ def draw(logits: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, at, right=True).squeeze(-1)
 
 
+class Chooser:
+    """Draws one token after another, guided where the logits have twice as many rows, the unconditional ones behind.
+
+    Whether all logits were finite is looked at once in the end (`check`), so that nothing waits for a device.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self.sampling = sampling
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def __call__(self, logits: Tensor, u: Tensor, known: Tensor) -> Tensor:
+        """Tokens (B,) from logits (B, V) or (2 B, V) at uniform `u` (B,), but `known` (B,) where that is not -1."""
+        logits = logits.float()
+        if len(logits) > len(known):
+            conditional, unconditional = logits.chunk(2)
+            logits = guided(conditional, unconditional, self.sampling.guidance)
+        self.finite.logical_and_(logits.isfinite().all())
+        drawn = draw(filtered(logits, self.sampling), u).clamp(max=logits.shape[-1] - 1)  # of NaN too
+        return torch.where(known < 0, drawn, known)
+
+    def check(self) -> None:
+        """Raise FloatingPointError if any logits were not finite."""
+        if not bool(self.finite):
+            raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
+
+
+def check_rates(**rates: float) -> None:
+    """Raise ValueError, naming it, for one that is no probability below 1."""
+    for name, value in rates.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
 def gumbel(u: Tensor) -> Tensor:
     """Gumbel(0, 1) draws from uniform ones, finite for u = 0 too."""
     return -(-u.clamp(1e-20, 1 - 2**-24).log()).log()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import DEFAULT, IN_ORDER, Prior, check_sampling, draw, filtered, guided, uniforms
+from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, uniforms
 from latticode.priors.schedules import draw_ratios, masked_counts, random_mask, ranks, ratio_floor, spread_groups
 from latticode.priors.symbols import Digits, Sequential, check_soft, check_targets, levels_of, nats, table_of
 from latticode.types import Conditioning, Sampling
@@ -61,9 +61,7 @@ class ContextualRQ(Prior):
         soft_labels: float = 0.0,
     ) -> None:
         super().__init__(vocab, grid, classes)
-        for name, value in {"dropout": dropout, "label_dropout": label_dropout}.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        check_rates(dropout=dropout, label_dropout=label_dropout)
         check_soft(soft_labels, digits)
         self.width, self.depth, self.heads, self.mlp, self.inner_depth = width, depth, heads, mlp, inner_depth
         self.dropout, self.label_dropout, self.min_masked = dropout, label_dropout, min_masked
@@ -162,16 +160,18 @@ class ContextualRQ(Prior):
         open_BN = hidden.clone()
         plan = [sampling.steps, *[sampling.revise_steps] * sampling.revisions]
         noise = uniforms((len(plan), 1 + symbols.shape[-1], self.positions), seed, first, count).to(self.device)
+        pick = Chooser(sampling, self.device)
         with self.inference():
             for turn, steps in enumerate(plan):
-                guidance = sampling.guidance if turn or len(plan) == 1 else 0.0
+                guided = bool(sampling.guidance) and (turn > 0 or len(plan) == 1)
                 part = partition(noise[:, turn, 0], open_BN, steps)
                 u_BNS = noise[:, turn, 1:].mT
                 for step in range(int(part.max()) + 1 if part.numel() else 0):
                     at = part == step
                     hidden |= at
-                    symbols[at] = self._draw(symbols, hidden, labels, at, kept[at], u_BNS[at], sampling, guidance)
+                    symbols[at] = self._draw(symbols, hidden, labels, at, kept[at], u_BNS[at], pick, guided)
                     hidden &= ~at
+        pick.check()
         return self.symbols.join(symbols).view(count, *self.grid, len(self.vocab))
 
     def _draw(
@@ -182,24 +182,17 @@ class ContextualRQ(Prior):
         at_BN: Tensor,
         kept_MS: Tensor,
         u_MS: Tensor,
-        sampling: Sampling,
-        guidance: float,
+        pick: Chooser,
+        guided: bool,
     ) -> Tensor:
         """Symbols (M, S) at the positions `at_BN`: those of `kept_MS` where they are known, others drawn at `u_MS`."""
-        copies = 2 if guidance and bool((labels_B >= 0).any()) else 1
+        copies = 2 if guided and bool((labels_B >= 0).any()) else 1
         rows = torch.cat([labels_B, torch.full_like(labels_B, -1)][:copies])
         context_BND = self.context(symbols_BNS.repeat(copies, 1, 1), hidden_BN.repeat(copies, 1), rows)
         drawn: list[Tensor] = []
 
         def choose(slot: int, logits: Tensor) -> Tensor:
-            logits = logits.float()
-            if not bool(logits.isfinite().all()):
-                raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
-            if copies == 2:
-                conditional, unconditional = logits.chunk(2)
-                logits = guided(conditional, unconditional, guidance)
-            known = kept_MS[:, slot]
-            drawn.append(torch.where(known < 0, draw(filtered(logits, sampling), u_MS[:, slot]), known))
+            drawn.append(pick(logits, u_MS[:, slot], kept_MS[:, slot]))
             return self.embedding(drawn[-1] + self.offsets[slot]).repeat(copies, 1)
 
         self.head.generate(context_BND[at_BN.repeat(copies, 1)], choose)

@@ -13,17 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.nn.transformer import Past, Transformer, initialise
-from latticode.priors.base import (
-    DEFAULT,
-    IN_ORDER,
-    Prior,
-    check_sampling,
-    draw,
-    filtered,
-    guided,
-    recorded,
-    uniforms,
-)
+from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, recorded, uniforms
 from latticode.text import BPE
 from latticode.types import Conditioning, Sampling
 
@@ -72,9 +62,7 @@ class DALLE(Prior):
             raise ValueError(f"classes must be 0, DALL-E is told texts and not labels, got {classes}")
         if len(self.vocab) != 1:
             raise ValueError(f"DALL-E models one code per position, got {len(self.vocab)} (vocab {self.vocab})")
-        for name, value in {"dropout": dropout, "text_dropout": text_dropout}.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        check_rates(dropout=dropout, text_dropout=text_dropout)
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel must be odd and >= 1, got {kernel}")
         self.width, self.depth, self.heads, self.mlp = width, depth, heads, mlp
@@ -164,7 +152,7 @@ class DALLE(Prior):
         known_BN = codes_BN >= 0
         noise = uniforms((self.positions,), seed, first, count).to(self.device)
         copies = 2 if sampling.guidance and any(texts) else 1
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        pick = Chooser(sampling, self.device)
         with self.inference():
             slots = torch.arange(self.text.length + self.positions, device=self.device)
             cache = self.transformer.cache(copies * count, len(slots))
@@ -174,16 +162,9 @@ class DALLE(Prior):
             for n in range(ready, self.positions):
                 slot = self.text.length + n
                 context_BMD = self.context(x_BMD, slots[slot + 1 - x_BMD.shape[1] : slot + 1], cache)
-                logits = self.head(context_BMD[:, -1]).float()
-                if copies == 2:
-                    conditional, unconditional = logits.chunk(2)
-                    logits = guided(conditional, unconditional, sampling.guidance)
-                finite.logical_and_(logits.isfinite().all())  # looked at once in the end: no waiting for a device here
-                drawn = draw(filtered(logits, sampling), noise[:, n]).clamp(max=self.vocab[0] - 1)  # of NaN too
-                codes_BN[:, n] = torch.where(known_BN[:, n], codes_BN[:, n], drawn)
+                codes_BN[:, n] = pick(self.head(context_BMD[:, -1]), noise[:, n], codes_BN[:, n])
                 x_BMD = self._seen(codes_BN[:, n : n + 1].repeat(copies, 1), n)
-        if not bool(finite):
-            raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
+        pick.check()
         return codes_BN.view(count, *self.grid, 1)
 
     def _read(self, codes: Tensor, cond: Conditioning | None) -> tuple[Tensor, Tensor]:

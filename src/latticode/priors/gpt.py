@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latticode.nn.rotary import grid_coordinates, rotary_table
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import DEFAULT, IN_ORDER, Prior, check_sampling, draw, filtered, guided, recorded, uniforms
+from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, recorded, uniforms
 from latticode.priors.symbols import (
     Digits,
     Joint,
@@ -90,9 +90,7 @@ class GPT(Prior):
         soft_labels: float = 0.0,
     ) -> None:
         super().__init__(vocab, grid, classes)
-        for name, value in {"dropout": dropout, "label_dropout": label_dropout}.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        check_rates(dropout=dropout, label_dropout=label_dropout)
         if places not in PLACES:
             raise ValueError(f"unknown places {places!r}; valid: {', '.join(PLACES)}")
         if inner_depth < 0:
@@ -212,16 +210,10 @@ class GPT(Prior):
         known_BNS = symbols_BNS >= 0
         noise = uniforms(symbols_BNS.shape[1:], seed, first, count).to(self.device)
         copies = 2 if sampling.guidance and self.told(cond, labels) else 1
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        pick = Chooser(sampling, self.device)
 
         def choose(n: int, slot: int, logits: Tensor) -> Tensor:
-            logits = logits.float()
-            if copies == 2:
-                conditional, unconditional = logits.chunk(2)
-                logits = guided(conditional, unconditional, sampling.guidance)
-            finite.logical_and_(logits.isfinite().all())  # looked at once in the end: no waiting for a device here
-            drawn = draw(filtered(logits, sampling), noise[:, n, slot]).clamp(max=logits.shape[-1] - 1)  # of NaN too
-            symbols_BNS[:, n, slot] = torch.where(known_BNS[:, n, slot], symbols_BNS[:, n, slot], drawn)
+            symbols_BNS[:, n, slot] = pick(logits, noise[:, n, slot], symbols_BNS[:, n, slot])
             return self.embedding(symbols_BNS[:, n, slot] + self.offsets[slot]).repeat(copies, 1)
 
         with self.inference():
@@ -240,8 +232,7 @@ class GPT(Prior):
                 so_far = cache[..., : (n // SPAN + 1) * SPAN, :]
                 context_BMD = self.transformer.step(self._placed(x_BMD, at), so_far, at, self.rotary, states)
                 x_BMD = self.head.generate(context_BMD[:, -1], partial(choose, n))[:, None]
-        if not bool(finite):
-            raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
+        pick.check()
         return self.symbols.join(symbols_BNS).view(count, *self.grid, len(self.vocab))
 
     def _nats(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from latticode.priors.base import check_rates
 from latticode.priors.gpt import GPT
 from latticode.priors.symbols import Sequential
 from latticode.types import Conditioning
@@ -49,8 +50,7 @@ class Guide(GPT):
     ) -> None:
         if encoder.in_channels != 3:
             raise ValueError(f"encoder must take images of 3 channels, got in_channels={encoder.in_channels}")
-        if not 0 <= image_dropout < 1:
-            raise ValueError(f"image_dropout must be in [0, 1), got {image_dropout}")
+        check_rates(image_dropout=image_dropout)
         self.attends = int(encoder.latent)  # type: ignore[arg-type]
         super().__init__(
             vocab,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.nn.transformer import Transformer, initialise
-from latticode.priors.base import recorded
+from latticode.priors.base import check_rates, recorded
 from latticode.priors.masked import Context, Masked
 from latticode.priors.schedules import ranks, truncated_normal
 from latticode.types import Conditioning
@@ -58,8 +58,7 @@ class MAGE(Masked):
         label_dropout: float = 0.1,
     ) -> None:
         super().__init__(vocab, grid, classes, width, dropout, label_smoothing, label_dropout)
-        if not 0 <= min_masked < 1:
-            raise ValueError(f"min_masked must be in [0, 1), got {min_masked}")
+        check_rates(min_masked=min_masked)
         if not 0 < std_masked < math.inf:
             raise ValueError(f"std_masked must be > 0, got {std_masked}")
         self.depth, self.decoder_depth, self.heads, self.mlp = depth, decoder_depth, heads, mlp

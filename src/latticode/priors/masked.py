@@ -15,7 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.nn.transformer import initialise
-from latticode.priors.base import DEFAULT, IN_ORDER, Prior, check_sampling, draw, filtered, guided, gumbel, uniforms
+from latticode.priors.base import (
+    DEFAULT,
+    IN_ORDER,
+    Prior,
+    check_rates,
+    check_sampling,
+    draw,
+    filtered,
+    guided,
+    gumbel,
+    uniforms,
+)
 from latticode.priors.schedules import RAMPS, ranks, remask_counts, spread_groups
 from latticode.types import Conditioning, Sampling
 
@@ -73,10 +84,7 @@ class Masked(Prior):
         if len(self.vocab) != 1:
             name = type(self).__name__
             raise ValueError(f"{name} models one code per position, got {len(self.vocab)} (vocab {self.vocab})")
-        rates = {"dropout": dropout, "label_smoothing": label_smoothing, "label_dropout": label_dropout}
-        for name, value in rates.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        check_rates(dropout=dropout, label_smoothing=label_smoothing, label_dropout=label_dropout)
         self.width, self.dropout = width, dropout
         self.label_smoothing, self.label_dropout = label_smoothing, label_dropout
         self.code_count = self.vocab[0]  # C; the label y is token C + y

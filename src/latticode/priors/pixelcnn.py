@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.nn.masked import RasterNetwork, initialise_convolution
-from latticode.priors.base import DEFAULT, IN_ORDER, Prior, check_sampling, draw, filtered, guided, uniforms
+from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, uniforms
 from latticode.priors.grids import packed, ratio_of, unpacked
 from latticode.types import Conditioning, Sampling
 
@@ -55,7 +55,7 @@ class PixelCNN(Prior):
             raise ValueError(f"PixelCNN models one code per position, got {len(self.vocab)} (vocab {self.vocab})")
         if len(self.grid) > 2:
             raise ValueError(f"PixelCNN models grids of one or two axes, got {len(self.grid)} (grid {self.grid})")
-        check_label_dropout(label_dropout)
+        check_rates(label_dropout=label_dropout)
         self.width, self.depth, self.kernel = width, depth, kernel
         self.attention, self.heads = attention, heads
         self.dropout, self.label_dropout = dropout, label_dropout
@@ -140,7 +140,7 @@ class TwoLevel(Prior):
     ) -> None:
         super().__init__(vocab, grid, classes)
         self.ratio = ratio_of(self.vocab, self.grid, type(self).__name__)  # r
-        check_label_dropout(label_dropout)
+        check_rates(label_dropout=label_dropout)
         self.width, self.depth, self.kernel, self.attention, self.heads = width, depth, kernel, attention, heads
         self.bottom_width, self.bottom_depth = bottom_width, bottom_depth
         self.dropout, self.label_dropout = dropout, label_dropout
@@ -227,25 +227,14 @@ def generate(network: RasterNetwork, known: Tensor, condition: Tensor, noise: Te
     """
     codes = known.clamp(min=0)  # what is open is not looked at before it is drawn
     copies = len(condition) // max(len(codes), 1)
-    finite = torch.ones((), dtype=torch.bool, device=codes.device)
+    pick = Chooser(sampling, codes.device)
     for n in (known < 0).any(0).flatten().nonzero().flatten().tolist():
         i, j = divmod(n, network.plane[1])
         rows = condition if condition.shape[2] == 1 else condition[:, :, : i + 1]
-        logits = network(codes[:, : i + 1].repeat(copies, 1, 1), rows)[:, :, i, j].float()
-        if copies == 2:
-            conditional, unconditional = logits.chunk(2)
-            logits = guided(conditional, unconditional, sampling.guidance)
-        finite.logical_and_(logits.isfinite().all())  # looked at once in the end: no waiting for a device here
-        drawn = draw(filtered(logits, sampling), noise[:, n]).clamp(max=logits.shape[-1] - 1)  # of NaN too
-        codes[:, i, j] = torch.where(known[:, i, j] < 0, drawn, codes[:, i, j])
-    if not bool(finite):
-        raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
+        logits = network(codes[:, : i + 1].repeat(copies, 1, 1), rows)[:, :, i, j]
+        codes[:, i, j] = pick(logits, noise[:, n], known[:, i, j])
+    pick.check()
     return codes
-
-
-def check_label_dropout(value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"label_dropout must be in [0, 1), got {value}")
 
 
 def hidden(labels: Tensor, rate: float) -> Tensor:
