@@ -1,11 +1,12 @@
-"""Every prior trained on the tokens of one data set for the same number of steps, over tokenizers trained here.
+"""Every prior trained on the tokens of one data set for the same number of steps, over tokenizers trained here; for
+captioned pictures those that read text.
 
     python benchmarks/generators.py train fashion-mnist --data data --out runs/generators   # resumable
     python benchmarks/generators.py table fashion-mnist --data data --out runs/generators > generators.md
 
 `train` trains and scores what is not finished yet: first the two classifiers (one whose features FID, precision and
 recall look through, one that judges labels) and the tokenizers, then one prior after another. `table` prints the rows
-and draws samples, one row of pictures for each prior and one column for each class, into OUT/GROUP.png.
+and draws samples, one row of pictures for each prior and one column for each class or caption, into OUT/GROUP.png.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from latticode.outputs import preview
 from latticode.pictures import grid_image, save_png
 from latticode.priors.base import Prior
 from latticode.priors.pixelcnn import RasterNetwork
-from latticode.types import Conditioning, Sampling
+from latticode.types import Sampling
 
 Result = dict[str, Any]
-SAMPLING = Sampling(guidance=1.0, revisions=2)
-SAMPLES, HELD_OUT = 1000, 2000
+HELD_OUT = 2000
+BY_LABEL, BY_TEXT = Sampling(guidance=1.0, revisions=2), Sampling(guidance=2.0, guidance_schedule="linear")
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,28 @@ class Group:
     tokenizers: dict[str, tuple[str, ...]]
     rows: dict[str, tuple[str, ...]]
     classifier: tuple[str, ...]
+    columns: tuple[str, ...]
+    shown: tuple[str, ...] = ()  # captions of the samples in the picture; without them, one sample of each class
+    samples: int = 1000
+    sampling: Sampling = BY_LABEL
 
 
 SHORT = ("steps=1000",)  # of the tokenizers
-STEPS = "steps=600"  # of the priors
+STEPS, LONG = "steps=600", "steps=1000"  # of the priors
+BPE = "{type: bpe, size: 768, length: 32, cut: true}"
+LEVELS = "[8, 5, 5, 5]"
+THOUSAND = f"tokenizer.quantizer.levels={LEVELS}"  # codes
+EIGHTH = (  # of the side
+    *(f"tokenizer.{half}.multipliers=[1, 2, 4, 4]" for half in ("encoder", "decoder")),
+    "tokenizer.encoder.blocks=[0, 1, 1, 1]",
+)
 GPT = ("gpt-fashion-mnist", STEPS)
 ROWS: dict[str, tuple[str, ...]] = {
     "maskgit": ("fsq", "maskgit-fashion-mnist", STEPS),
     "mage": ("fsq", "mage-cifar10", STEPS, "prior.classes=10"),
     "gpt": ("fsq", *GPT),
     "gpt-llama": ("fsq", *GPT, "prior.style=llama", "prior.places=axial"),
-    "gpt-digits": ("fsq", *GPT, "prior.digits=LEVELS", "prior.inner_depth=1"),
+    "gpt-digits": ("fsq", *GPT, f"prior.digits={LEVELS}", "prior.inner_depth=1"),
     "pixelcnn": ("fsq", "pixelcnn-fashion-mnist", STEPS),
     "pixelsnail": ("fsq", "pixelsnail-fashion-mnist", STEPS),
     "rq-transformer": ("rqvae", "rqtransformer-cifar10", STEPS, "prior.soft_labels=0.0"),
@@ -66,6 +78,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "two-level": ("vqvae2", "two-level-cifar10", STEPS),
     "muse": ("vqvae2", "muse-cifar10", STEPS),
 }
+QUALITY = ("FID", "precision", "recall", "labels")
+COSTS = ("tokenizer", "parameters", "minutes", "bits per position", "bits per pixel")
+RATES = ("samples/s", "passes")
+BY_CLASS = (*COSTS, *QUALITY, *RATES)
+BY_CAPTION = (*COSTS, "caption gain", "own caption cheaper", "labels", "labels shuffled", "FID", *RATES)
 GREY = ("data.size=32", "data.channels=1", "data.flip=false")
 GROUPS = {
     "fashion-mnist": Group(
@@ -77,20 +94,54 @@ GROUPS = {
             "hqvae": ("hqvae-cifar10", *SHORT),
             "vqvae2": ("vqvae2-cifar10", *SHORT),
         },
-        {name: tuple(part.replace("LEVELS", "[8, 5, 5, 5]") for part in row) for name, row in ROWS.items()},
+        ROWS,
         classifier=("steps=1500",),
+        columns=BY_CLASS,
     ),
     "cifar10": Group(
         "cifar10",
         ("data.size=32",),
         {
-            "fsq": ("fsq-cifar10", *SHORT, "tokenizer.quantizer.levels=[8, 5, 5, 5]"),
+            "fsq": ("fsq-cifar10", *SHORT, THOUSAND),
             "rqvae": ("rqvae-cifar10", *SHORT),
             "hqvae": ("hqvae-cifar10", *SHORT),
             "vqvae2": ("vqvae2-cifar10", *SHORT),
         },
-        {name: tuple(part.replace("LEVELS", "[8, 5, 5, 5]") for part in row) for name, row in ROWS.items()},
+        ROWS,
         classifier=("steps=3000", "data.flip=true"),
+        columns=BY_CLASS,
+    ),
+    "ucm-captions": Group(
+        "ucm-captions",
+        ("data.size=64",),
+        {
+            "fsq": ("fsq-cifar10", *SHORT, "batch_size=16", THOUSAND, *EIGHTH),
+            "vqvae2": ("vqvae2-ucm", *SHORT),
+        },
+        {
+            "maskgit": (
+                *("fsq", "maskgit-fashion-mnist", LONG, "batch_size=32", "prior.classes=0"),
+                f"prior.text={{type: text_encoder, bpe: {BPE}, width: 128, depth: 1, heads: 4}}",
+            ),
+            "dalle": ("fsq", "dalle-ucm", LONG, f"prior.text={BPE}"),
+            "muse": ("vqvae2", "muse-ucm", LONG),
+        },
+        classifier=("steps=1500", "data.flip=true"),
+        columns=BY_CAPTION,
+        shown=(
+            "there is a piece of green farmland",
+            "lots of boats docked at the harbor",
+            "dark green trees in a dense forest",
+            "the sand beach with white waves",
+            "a straight runway with some mark lines",
+            "a parking lot with many cars",
+            "a river goes through the forest",
+            "many houses arranged in lines in the dense residential area",
+            "a small baseball diamond with green grass",
+            "two storage tanks on the ground",
+        ),
+        samples=336,
+        sampling=BY_TEXT,
     ),
 }
 COLUMNS: dict[str, Callable[[Result], str]] = {
@@ -103,6 +154,9 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
     "precision": lambda r: f"{r['precision_classifier']:.3f}",
     "recall": lambda r: f"{r['recall_classifier']:.3f}",
     "labels": lambda r: f"{100 * r['label_accuracy']:.1f} %",
+    "labels shuffled": lambda r: f"{100 * r['label_accuracy_shuffled']:.1f} %",
+    "caption gain": lambda r: f"{r['caption_gain_bits']:.1f} bits",
+    "own caption cheaper": lambda r: f"{100 * r['caption_accuracy']:.1f} %",
     "samples/s": lambda r: f"{r['samples_per_second']:.1f}",
     "passes": lambda r: r["passes"],
 }
@@ -132,7 +186,7 @@ def train(
     for row in [row for row in group.rows if not only or row in only.split(",")][first::of]:
         tokenizer, recipe, *overrides = group.rows[row]
         finish(folder / row, recipe, f"tokenizer={folder / tokenizer}", *overrides)
-        score(folder / row, tokenizer)
+        score(folder / row, tokenizer, group)
 
 
 @app.command()
@@ -140,21 +194,18 @@ def table(name: Name, out: Out = Path("runs/generators")) -> None:
     """Print the finished rows of GROUP and those of the test images; draw OUT/GROUP.png."""
     group, folder = GROUPS[name], out / name
     done = {row: group.rows[row][0] for row in group.rows if (folder / row / "run.json").is_file()}
-    results = {row: score(folder / row, tokenizer) for row, tokenizer in done.items()}
-    print(line("prior", *COLUMNS) + "\n" + line(*["---"] * (1 + len(COLUMNS))))
+    results = {row: score(folder / row, tokenizer, group) for row, tokenizer in done.items()}
+    print(line("prior", *group.columns) + "\n" + line(*["---"] * (1 + len(group.columns))))
     for row, result in results.items():
-        print(line(row, *(column(result) for column in COLUMNS.values())))
+        print(line(row, *(COLUMNS[column](result) for column in group.columns)))
     any_row = next(iter(results.values()))
     real = {key.removesuffix("_real"): value for key, value in any_row.items() if key.endswith("_real")}
-    print(line("test images", *(COLUMNS[c](real) if c in REAL else "" for c in COLUMNS)))
-    rows = [example(folder / row) for row in done]
+    print(line("test images", *(COLUMNS[c](real) if c in QUALITY else "" for c in group.columns)))
+    rows = [example(folder / row, group) for row in done]
     save_png(out / f"{name}.png", grid_image(np.concatenate(rows), len(rows[0])))
 
 
-REAL = ("FID", "precision", "recall", "labels")
-
-
-def score(run: Path, tokenizer: str) -> Result:
+def score(run: Path, tokenizer: str, group: Group) -> Result:
     """The run's numbers on held-out images and samples; kept in its folder, for they take a minute."""
     kept = run / "score.json"
     if kept.is_file():
@@ -163,18 +214,19 @@ def score(run: Path, tokenizer: str) -> Result:
         run,
         features=str(run.parent / "classifier"),
         classifier=run.parent / "judge",
-        samples=SAMPLES,
+        samples=group.samples,
         limit=HELD_OUT,
-        sampling=SAMPLING,
+        sampling=group.sampling,
         console=Console(stderr=True),
     )
     _, prior = runs.open_model(run, "prior")
-    result |= {"tokenizer": tokenizer, "passes": passes(prior), **json.loads((run / "run.json").read_text())}
+    result |= json.loads((run / "run.json").read_text())
+    result |= {"tokenizer": tokenizer, "passes": passes(prior, group)}
     kept.write_text(json.dumps(result))
     return result
 
 
-def passes(prior: Prior) -> str:
+def passes(prior: Prior, group: Group) -> str:
     """How often each of the prior's networks runs for one image, as `12` or `64 + 256`."""
     count: Counter[str] = Counter()
     for name, module in prior.named_modules():
@@ -182,18 +234,18 @@ def passes(prior: Prior) -> str:
         if isinstance(module, Transformer | RasterNetwork):
             assert isinstance(network, nn.Module)
             network.register_forward_hook(lambda *_, name=name: count.update([name]))
-    prior.sample(1, Conditioning(torch.zeros(1, dtype=torch.int64)) if prior.classes else None, sampling=SAMPLING)
+    prior.sample(1, prior.condition(torch.zeros(1, dtype=torch.int64), group.shown[:1]), sampling=group.sampling)
     return " + ".join(str(times) for times in count.values())
 
 
-def example(run: Path) -> np.ndarray:
-    """One sample of each class, (classes, C, H, W) uint8."""
+def example(run: Path, group: Group) -> np.ndarray:
+    """One sample for each class, or each caption shown, (count, C, H, W) uint8."""
     config, prior = runs.open_model(run, "prior")
     _, tokenizer = runs.open_tokenizer(run)
-    preprocess, count = config.data.preprocess(), prior.classes or 10
+    preprocess, count = config.data.preprocess(), len(group.shown) or prior.classes or 10
     with torch.inference_mode():
-        cond = Conditioning(torch.arange(count)) if prior.classes else None
-        codes = prior.sample(count, cond, sampling=SAMPLING, seed=1)
+        told = prior.condition(torch.arange(count), group.shown)
+        codes = prior.sample(count, told, sampling=group.sampling, seed=1)
         images = tokenizer.decode(codes, preprocess.shape[1:] if preprocess.shape else None)
     return preview(images, preprocess)[0]
 

@@ -53,9 +53,8 @@ def probe(
     without labels.
     """
     config, prior = open_model(run, "prior", device)
+    config = config.on(source)
     _, tokenizer = open_tokenizer(run, device)
-    if source is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
     parts, skipped = [], 0
     for split in ("train", "test"):
         loader = open_loader(config, split, batch_size=batch_size)

@@ -56,13 +56,14 @@ LABELS = {
     "compression_cost": "Compression cost, bits per token",
     "tokens_per_image": "Tokens per image",
     "label_accuracy": "Samples recognized as the label asked for, %",
+    "label_accuracy_shuffled": "The same if labels were shuffled, %",
     "label_accuracy_real": "Real images recognized as their label, %",
     "samples_per_second": "Samples per second",
     "seconds": "Time",
     "critic_from": "Critic moves the tokenizer from step",
     "count": "Examples",
 }
-PERCENTAGES = {"usage", "code_accuracy", "label_accuracy", "label_accuracy_real"}
+PERCENTAGES = {"usage", "code_accuracy", "label_accuracy", "label_accuracy_shuffled", "label_accuracy_real"}
 FEATURE_LABELS = {"rfid": "rFID", "fid": "FID", "precision": "Precision", "recall": "Recall"}  # of <name>_<network>
 
 

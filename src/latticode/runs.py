@@ -151,11 +151,9 @@ def evaluate(
     tokenizers. Runs of dense tasks, of either stage, are scored as `evaluate_dense` says; the codes of stage II are the
     likeliest unless `sampling` is not the default. Raises ValueError for what does not fit the run.
     """
-    config = read_run(run)
+    config = read_run(run).on(source)
     if config.kind != "tokenizer" and (own_size or perceptual):
         raise ValueError(f"own sizes and perceptual distances are of tokenizers; {run} is the run of a {config.kind}")
-    if source is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
     place = pick_device(device)
     if config.kind == "tokenizer":
         loader = open_whole(config, config.data.source, split, own_size=own_size)

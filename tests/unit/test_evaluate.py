@@ -253,6 +253,7 @@ def test_prior_numbers(network: FeatureNetwork) -> None:
     assert (result["compression_cost"], result["compression_cost_uniform"]) == (2, 8)
     assert result["bits_per_pixel"] == 2 * 4 / SIZE**2
     assert result["label_accuracy"] == 0.75  # the last of the four classes comes out as the first
+    assert result["label_accuracy_shuffled"] == 0.25  # guesses 1/2, 1/4, 1/4, 0 of labels that are 1/4 each
     assert result["label_accuracy_real"] == 1
     assert prior.calls == [(16, 0, 7, sampling), (16, 16, 7, sampling), (8, 32, 7, sampling)]
     assert (result["count"], result["samples"]) == (128, 40)

@@ -189,6 +189,14 @@ class RunConfig(_Section):
     picture_every: PositiveInt = 1000
     save_every: PositiveInt = 500
 
+    def on(self, source: str | None) -> RunConfig:
+        """The same run on the data of another source; None: on its own."""
+        return (
+            self
+            if source is None
+            else self.model_copy(update={"data": self.data.model_copy(update={"source": source})})
+        )
+
     @property
     def kind(self) -> str:
         return next(k for k in ("prior", "classifier", "tokenizer") if getattr(self, k) is not None)

@@ -29,7 +29,7 @@ from latticode.engine.finetune import Parts, parts_from, start_from
 from latticode.engine.monitor import Monitor
 from latticode.engine.progress import progress
 from latticode.engine.schedules import Schedules, check_movable
-from latticode.engine.tally import Tally, TrainingError
+from latticode.engine.tally import Tally, TrainingError, TrainingStoppedError
 from latticode.files import write_text
 from latticode.objectives import Objective
 from latticode.pretrained import save_model
@@ -138,7 +138,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     With `resume` an interrupted run goes on where its last checkpoint was and ends with the very weights that it would
     have had; without it `folder` must not hold a run yet.
 
-    Raises ConfigError for what cannot be run, TrainingError for a loss that is not finite or an interruption.
+    Raises ConfigError for what cannot be run, TrainingError for a loss that is not finite, its subclass
+    TrainingStoppedError if it was interrupted.
     """
     console = console or Console(stderr=True)
     if saved_step(folder) and not resume:  # a run that failed in its very first step is no run
@@ -270,7 +271,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                 save(done)
             if interrupt.raised and done < config.steps:
                 accelerator.wait_for_everyone()  # a rank that left early would have its launcher end the one that saves
-                raise TrainingError(f"interrupted at step {done} of {config.steps}, saved; go on with --resume")
+                raise TrainingStoppedError(f"interrupted at step {done} of {config.steps}, saved; go on with --resume")
     if monitor:
         for name, reason in feed.skipped.items():
             console.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
@@ -302,4 +303,4 @@ def _step(accelerator: Accelerator, optimizer: Any, parameters: Sequence[Tensor]
     optimizer.zero_grad()
 
 
-__all__ = ["TrainingError", "learning_rate", "train"]
+__all__ = ["TrainingError", "TrainingStoppedError", "learning_rate", "train"]

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 Advance = Callable[..., None]  # advance(done, **shown): done so far, and what to show beside it
+SOON = 0.5  # seconds before which a rate says nothing
 
 
 class _Rate(ProgressColumn):
@@ -28,7 +29,7 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         elapsed, unit = task.elapsed or 0, task.fields["unit"]
         done = (task.completed - task.fields["first"]) * task.fields["scale"]
-        return Text(f"{done / elapsed:,.0f} {unit}/s" if elapsed > 0.5 and done else f"- {unit}/s", style="cyan")
+        return Text(f"{done / elapsed:,.0f} {unit}/s" if elapsed > SOON and done else f"- {unit}/s", style="cyan")
 
 
 @contextmanager
@@ -62,10 +63,11 @@ def _lines(console: Console, title: str, total: int, unit: str, scale: float, st
         nonlocal printed
         if (tenth := done * 10 // max(total, 1)) > printed:
             printed = tenth
-            seconds = max(time.monotonic() - begun, 1e-9)
-            rate = (done - start) / seconds
+            parts = [f"{title}: {done}/{total}"]
+            if (seconds := time.monotonic() - begun) > SOON and done > start:
+                rate = (done - start) / seconds
+                parts += [f"{rate * scale:,.0f} {unit}/s", f"{(total - done) / rate:.0f} s left"]
             text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-            left = (total - done) / rate if rate else 0
-            console.print(f"{title}: {done}/{total}, {rate * scale:,.0f} {unit}/s, {left:.0f} s left  {text}".rstrip())
+            console.print(f"{', '.join(parts)}  {text}".rstrip())
 
     yield advance

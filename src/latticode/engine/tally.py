@@ -13,6 +13,10 @@ class TrainingError(RuntimeError):
     """Training that cannot go on; the last good checkpoint is on disk."""
 
 
+class TrainingStoppedError(TrainingError):
+    """Training that was told to stop, and can go on from its last checkpoint."""
+
+
 class Tally:
     """Sums terms on their device; the numbers are fetched, and looked at, only when means are asked for."""
 

@@ -69,9 +69,10 @@ def evaluate_prior(
 
     Returns compression_cost (bits per token: mean over tokens of -log2 p), compression_cost_uniform (log2 of the
     vocabulary), bits_per_pixel, bits_per_second (as for tokenizers); fid_, precision_, recall_<name> and the same with
-    `_real`; label_accuracy and label_accuracy_real; of a prior that reads text caption_gain_bits (per image),
-    caption_accuracy, caption_images (see the protocol); samples, samples_per_second; count, skipped, protocol. Raises
-    ValueError for options that do not fit each other and for a loader without images.
+    `_real`; label_accuracy, label_accuracy_shuffled (what it would be on average if the samples' labels were shuffled),
+    label_accuracy_real; of a prior that reads text caption_gain_bits (per image), caption_accuracy, caption_images (see
+    the protocol); samples, samples_per_second; count, skipped, protocol. Raises ValueError for options that do not fit
+    each other and for a loader without images.
     """
     classes, device, uniform = int(prior.classes), device_of(tokenizer), tokenizer.bits
     _check(samples, batch_size, classes, features, reference, classifier)
@@ -149,7 +150,8 @@ def evaluate_prior(
     if labelled_images:
         result["accuracy"] = right / labelled_images
     if classifier is not None:
-        result |= {"label_accuracy": drawn.accuracy(), "label_accuracy_real": real.accuracy()}
+        result["label_accuracy"], result["label_accuracy_shuffled"] = drawn.accuracy()
+        result["label_accuracy_real"], _ = real.accuracy()
     return result | {
         "samples": samples,
         "samples_per_second": samples / seconds,
@@ -194,7 +196,8 @@ class _Judge:
 
     def __init__(self, features: FeatureNetwork | None, classifier: nn.Module | None, size: int):
         self.features, self.classifier, self.sample = features, classifier, FeatureSample(size)
-        self.right = self.count = 0
+        self.guesses: list[Tensor] = []
+        self.labels: list[Tensor] = []
 
     def update(self, images: Tensor, labels: Tensor) -> None:
         """Images (B, C, H, W) that should show `labels` (B,); a label of -1 is not judged."""
@@ -203,8 +206,14 @@ class _Judge:
         if self.classifier is not None:
             known = labels >= 0
             guesses = self.classifier(rounded(images[known]).to(device_of(self.classifier))).argmax(1)
-            self.right += int((guesses == labels[known].to(guesses.device)).sum())
-            self.count += int(known.sum())
+            self.guesses.append(guesses.cpu())
+            self.labels.append(labels[known].cpu())
 
-    def accuracy(self) -> float | None:
-        return self.right / self.count if self.count else None
+    def accuracy(self) -> tuple[float, float] | tuple[None, None]:
+        """The share of guesses that are the label, and its mean over all orders of the labels."""
+        guesses, labels = torch.cat(self.guesses), torch.cat(self.labels)
+        if not len(guesses):
+            return None, None
+        size = int(torch.cat([guesses, labels]).max()) + 1
+        shares = [torch.bincount(column, minlength=size) / len(column) for column in (guesses, labels)]
+        return float((guesses == labels).double().mean()), float((shares[0].double() * shares[1]).sum())

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from latticode import runs
-from latticode.engine import TrainingError, train
+from latticode.engine import TrainingError, TrainingStoppedError, train
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import open_loader
 from latticode.evaluate.common import count_of
@@ -64,7 +64,7 @@ def study(
 def run_job(plan: Plan, job: Job, folder: Path) -> str:
     """Train and evaluate one job; returns its scores in words, or its error, which is recorded in its folder.
 
-    Raises TrainingError if it was interrupted.
+    Raises TrainingStoppedError if it was interrupted.
     """
     place = folder / "jobs" / job.name
     began = time.monotonic()
@@ -76,9 +76,9 @@ def run_job(plan: Plan, job: Job, folder: Path) -> str:
             config = plan.prior_config(job, place)
             train(config, place / "prior", resume=True, console=QUIET)
             scores |= _evaluate(plan, place / "prior", plan.limit)
+    except TrainingStoppedError:
+        raise
     except TrainingError as failure:
-        if str(failure).startswith("interrupted"):
-            raise
         error = str(failure)
     except Exception as failure:  # whatever it is, the other jobs must go on
         error = f"{type(failure).__name__}: {failure}"
