@@ -21,7 +21,13 @@ def study(
     sizes: Annotated[
         str, typer.Option(help="Codebooks: 2^4..2^16 for all powers of two from one to the other, or 16,64,256.")
     ] = "2^4,2^6,2^8,2^10,2^12,2^14,2^16",
-    quantizers: Annotated[str, typer.Option(help="Some of the default, with commas.")] = "fsq,vq,vq-ema,simvq,lfq,bsq",
+    quantizers: Annotated[
+        str,
+        typer.Option(
+            help="With commas; fsq-N has N levels in every channel, NAME+KEY=VALUE is NAME with a change, as "
+            "fsq+bound=symmetric or vq-ema+gradient=rotation."
+        ),
+    ] = "fsq,vq,vq-ema,simvq,lfq,bsq",
     budget: Annotated[str, typer.Option(help="Wall time of all jobs on this machine, as 90s, 30m, 1h30m.")] = "30m",
     steps: Annotated[int | None, typer.Option(min=1, help="Of every job, instead of a budget.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many of each quantizer and size.")] = 1,

@@ -19,7 +19,7 @@ from latticode.metrics.classifier import Classifier
 from latticode.quantizers.levels import recommend
 from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_sizes, study
 from latticode.study import run as study_run
-from latticode.study.plan import Cost, Job, between, check_same, read_plan, steps_for
+from latticode.study.plan import Cost, Job, between, check_same, read_plan, steps_for, variant
 from latticode.study.run import calibrated
 from latticode.study.table import over_seeds, read_rows
 
@@ -73,7 +73,7 @@ def test_budgets_and_shards() -> None:
             parse_shard(text)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if not name.startswith("fsq-")])
 @pytest.mark.parametrize("size", [4, 16, 1024])
 def test_every_quantizer_has_the_size_and_a_weight_for_each_loss(name, size) -> None:
     config = Plan("embedded:digits", (size,), (name,), 1).tokenizer_config(Job(name, size, 3))
@@ -82,6 +82,35 @@ def test_every_quantizer_has_the_size_and_a_weight_for_each_loss(name, size) -> 
     assert codes == (recommend(size=size).size if name == "fsq" else size)
     assert config.weights.keys() == {"mse", *QUANTIZERS[name](size)[1]}
     assert (config.seed, config.data.source) == (3, "embedded:digits")
+
+
+def test_even_levels_come_as_near_to_the_size_as_they_can() -> None:
+    for name, size, levels in (
+        ("fsq-2", 16, [2] * 4),
+        ("fsq-3", 256, [3] * 5),
+        ("fsq-4", 256, [4] * 4),
+        ("fsq-8", 4, [8]),
+        ("fsq-8", 4096, [8] * 4),
+    ):
+        spec, weights = variant(name, size)
+        assert (spec["levels"], spec["bound"], weights) == (levels, "symmetric" if name == "fsq-2" else "paper", {})
+
+
+def test_a_variant_changes_the_quantizer_and_its_weights() -> None:
+    name = "vq-ema+gradient=rotation+weights.commitment=0.5"
+    assert variant(name, 64) == ({**variant("vq-ema", 64)[0], "gradient": "rotation"}, {"commitment": 0.5})
+    plan = replace(PLAN, quantizers=("fsq", "fsq+bound=equal-bins+slope=1.6", name))
+    config = plan.tokenizer_config(Job("fsq+bound=equal-bins+slope=1.6", 16, 0))
+    expected = {"type": "fsq", "levels": [5, 3], "bound": "equal-bins", "slope": 1.6}
+    assert expected.items() <= config.spec["quantizer"].items()
+    for wrong, message in (
+        ("fsq+bound=round", "bound must be one of"),
+        ("fsq+bounds=paper", "bounds"),
+        ("fsq+paper", "key=value"),
+        ("fsp+bound=paper", "'fsp' to study; nearest: fsq"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(PLAN, quantizers=(wrong,))
 
 
 def test_the_plan_refuses_what_it_cannot_do() -> None:

@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from latticode.engine.config import ConfigError, RunConfig, differences, load_config, override, read_recipe, validate
 from latticode.files import write_text
 from latticode.quantizers.levels import recommend
-from latticode.registry import nearest
+from latticode.registry import build, nearest
 
 RECIPES = {"tokenizer": "study", "prior": "study-prior"}
 PRIOR_SHARE = 0.5  # of the budget
@@ -28,6 +29,12 @@ Spec = dict[str, Any]
 def _fsq(size: int) -> tuple[Spec, dict[str, float]]:
     found = recommend(size=size)
     return {"type": "fsq", "levels": list(found.levels), "bound": found.bound}, {}
+
+
+def _even_fsq(level: int, size: int) -> tuple[Spec, dict[str, float]]:
+    """Channels of `level` levels each, as many as come nearest to `size`; of two levels, one bound leaves one empty."""
+    channels = max(1, round(math.log(size) / math.log(level)))
+    return {"type": "fsq", "levels": [level] * channels, "bound": "symmetric" if level == 2 else "paper"}, {}
 
 
 def _vq(size: int) -> tuple[Spec, dict[str, float]]:
@@ -61,12 +68,29 @@ def _whole_bits(name: str, size: int) -> int:
 # name -> size -> spec of the quantizer, weights of its losses
 QUANTIZERS: dict[str, Callable[[int], tuple[Spec, dict[str, float]]]] = {
     "fsq": _fsq,
+    **{f"fsq-{level}": partial(_even_fsq, level) for level in range(2, 17)},
     "vq": _vq,
     "vq-ema": _vq_ema,
     "simvq": _simvq,
     "lfq": _lfq,
     "bsq": _bsq,
 }
+
+
+def variant(name: str, size: int) -> tuple[Spec, dict[str, float]]:
+    """Spec and weights of a quantizer, or of one with changes: "vq-ema+gradient=rotation+weights.commitment=0.1".
+
+    Raises ValueError for an unknown quantizer, a change that is none, and what its constructor refuses.
+    """
+    base, *changes = name.split("+")
+    if base not in QUANTIZERS:
+        raise ValueError(f"no quantizer {base!r} to study{nearest(base, QUANTIZERS)}")
+    spec, weights = QUANTIZERS[base](size)
+    changed = override({**spec, "weights": weights}, changes)
+    weights = changed.pop("weights")
+    if changes:
+        build(changed)
+    return changed, weights
 
 
 class Job(NamedTuple):
@@ -108,10 +132,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in self.quantizers:
-            if name not in QUANTIZERS:
-                raise ValueError(f"no quantizer {name!r} to study{nearest(name, QUANTIZERS)}")
             for size in self.sizes:
-                QUANTIZERS[name](size)
+                variant(name, size)
         if self.seeds < 1:
             raise ValueError(f"seeds must be >= 1, got {self.seeds}")
         for text in self.overrides:
@@ -127,7 +149,7 @@ class Plan:
 
     def tokenizer_config(self, job: Job) -> RunConfig:
         """The run of a job's tokenizer. An override of a weight that a quantizer has no loss for is for the others."""
-        spec, weights = QUANTIZERS[job.quantizer](job.size)
+        spec, weights = variant(job.quantizer, job.size)
         recipe = read_recipe(self.recipe)
         content = override(recipe, [text for text in self.overrides if not text.startswith("prior.")])
         foreign = {key for make in QUANTIZERS.values() for key in make(16)[1]} - weights.keys()
@@ -268,4 +290,5 @@ __all__ = [
     "planned",
     "read_plan",
     "steps_for",
+    "variant",
 ]
