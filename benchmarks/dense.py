@@ -1,0 +1,202 @@
+"""UViM's dense tasks with FSQ, VQ and VQ that splits codes, both stages, and what the paper left out of them in turn.
+
+    python benchmarks/dense.py train depth --data data --out runs/dense --seeds 3     # resumable
+    python benchmarks/dense.py table depth --out runs/dense > dense-depth.md
+
+`train` trains and scores what is not finished yet: seed after seed, for each row stage I and, where it has a code,
+stage II over it. `table` prints mean and standard deviation over the seeds that are there, and draws OUT/TASK.png:
+held-out examples, a column each, as photograph, label, and what the last stage of each row's first seed predicts.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from systems import finish, line
+from torch import Tensor
+
+from latticode import runs
+from latticode.engine.feed import open_loader
+from latticode.evaluate.dense import GREEDY
+from latticode.pictures import grid_image, save_png
+
+SHOWN = 8  # held-out examples in the picture
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """`metrics` maps what is printed to its key in the scores and its decimals."""
+
+    source: str
+    loss: str  # the weights of the task's own losses
+    metrics: dict[str, tuple[str, int]]
+    steps: tuple[int, int]  # of the two stages
+    features: bool = False  # whether a classifier is trained on the photographs, to look at colours
+
+
+VQ = "type: vq, size: 4096, dim: 128, decay: 0.995, normalize: true, kmeans: false"
+UNGUIDED = "tokenizer.dropout=all"
+ROWS: dict[str, tuple[str, ...]] = {
+    "fsq": (),
+    "vq": (f"tokenizer.quantizer={{{VQ}, restart: 0.0}}", "weights={LOSS, commitment: 0.0}"),
+    "vq-split": (f"tokenizer.quantizer={{{VQ}, upkeep: split}}", "weights={LOSS, commitment: 0.0}"),
+    "no-context": ("tokenizer.oracle_context=false", "tokenizer.base_context=false"),
+    "no-dropout": ("tokenizer.dropout=none",),
+    "no-oracle": (UNGUIDED,),
+}
+ABLATIONS = ("no-context", "no-dropout", "no-oracle")  # of FSQ, one seed each
+TASKS = {
+    "depth": Task(
+        "rgbd",
+        "depth: 1.0",
+        {"RMSE, m": ("rmse", 3), "absRel": ("abs_rel", 3), "delta < 1.25": ("delta1", 3)},
+        (600, 600),
+    ),
+    "camvid": Task(
+        "camvid", "semantic: 1.0, instance: 1.0", {"PQ": ("pq", 3), "SQ": ("sq", 3), "RQ": ("rq", 3)}, (600, 600)
+    ),
+    "colour": Task(
+        "scenes64",
+        "mse: 1.0",
+        {"FID": ("fid_classifier", 2), "PSNR": ("psnr", 2), "colourfulness": ("colourfulness", 1)},
+        (600, 600),
+        features=True,
+    ),
+}
+WAYS = ("ceiling", "predicted", "floor")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+Name = Annotated[str, typer.Argument(metavar="TASK", help=f"One of {', '.join(TASKS)}.")]
+Data = Annotated[Path, typer.Option(help="Folder of the data sets.")]
+Out = Annotated[Path, typer.Option(help="Folder of the runs.")]
+
+
+@app.command()
+def train(
+    name: Name,
+    data: Data = Path("data"),
+    out: Out = Path("runs/dense"),
+    seeds: Annotated[int, typer.Option(min=1, help="Of the quantizers; ablations have one.")] = 1,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Only every N-th run, from the I-th.")] = "0/1",
+    only: Annotated[str, typer.Option(metavar="ROW,...", help="Only these rows.")] = "",
+) -> None:
+    """Train and score the runs of TASK that are not finished; one that was cut off goes on where it stopped."""
+    task, (first, of) = TASKS[name], (int(part) for part in shard.split("/"))
+    source = f"data.source={data / task.source}"
+    if task.features:
+        options = (source, "steps=1200", "data.size=64", "data.channels=3", "data.flip=true")
+        finish(out / name / "classifier", "classifier", *options)
+    wanted = [row for row in ROWS if not only or row in only.split(",")]
+    jobs = [(row, seed) for seed in range(seeds) for row in wanted if seed == 0 or row not in ABLATIONS]
+    for row, seed in jobs[first::of]:
+        overrides = [part.replace("LOSS", task.loss) for part in ROWS[row]]
+        for stage, run in enumerate(stages(out / name, row, seed)):
+            own = (f"tokenizer={stages(out / name, row, seed)[0]}",) if stage else (source, *overrides)
+            recipe = f"uvim-{name}-small" + ("-guide" if stage else "")
+            finish(run, recipe, *own, f"seed={seed}", f"steps={task.steps[stage]}")
+            score(run, task)
+
+
+def stages(folder: Path, row: str, seed: int) -> list[Path]:
+    """The runs of a row: stage I, and stage II if there is a code to predict."""
+    first = folder / f"{row}-{seed}"
+    return [first] if UNGUIDED in ROWS[row] else [first, folder / f"{row}-{seed}-guide"]
+
+
+def score(run: Path, task: Task) -> Result:
+    kept = run / "evaluation.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    features = str(run.parent / "classifier") if task.features else None
+    return runs.evaluate(run, features=features, console=Console(stderr=True))
+
+
+@app.command()
+def table(name: Name, out: Out = Path("runs/dense")) -> None:
+    """Print the rows of TASK that are there; draw OUT/TASK.png."""
+    task, folder = TASKS[name], out / name
+    results = {row: found for row in ROWS if (found := list(finished(folder, row, task)))}
+    columns = {**columns_of(task), **COLUMNS}
+    print(line("", "seeds", *columns) + "\n" + line(*["---"] * (2 + len(columns))))
+    for row, found in results.items():
+        print(line(row, str(len(found)), *(spread(found, *column) for column in columns.values())))
+    pictures = [example(stages(folder, row, 0)[-1], labelled=row == next(iter(results))) for row in results]
+    save_png(out / f"{name}.png", grid_image(np.concatenate(pictures), SHOWN))
+
+
+def finished(folder: Path, row: str, task: Task) -> Iterator[Result]:
+    """What each finished seed of a row gave: the evaluation of its last stage, and the minutes of all."""
+    for seed in range(100):
+        places = stages(folder, row, seed)
+        if not all((place / "run.json").is_file() for place in places):
+            return
+        seconds = sum(json.loads((place / "run.json").read_text())["seconds"] for place in places)
+        yield {**score(places[-1], task), "minutes": seconds / 60}
+
+
+Column = tuple[Callable[[Result], float | None], int]  # what, and how many decimals
+COLUMNS: dict[str, Column] = {
+    "usage, %": (lambda r: 100 * r["usage"] if "compression_cost" in r else None, 1),
+    "perplexity": (lambda r: r["perplexity"] if "compression_cost" in r else None, 0),
+    "cost of a code, bits": (lambda r: r.get("compression_cost"), 2),
+    "codes right, %": (lambda r: 100 * r["code_accuracy"] if "code_accuracy" in r else None, 1),
+    "minutes": (lambda r: r["minutes"], 1),
+}
+
+
+def columns_of(task: Task) -> dict[str, Column]:
+    """The first metric by every way to a code, the others by the predicted one, or none where nothing predicts it."""
+    main, *others = task.metrics.items()
+    title, (key, decimals) = main
+    found: dict[str, Column] = {
+        f"{title}, {way}": (lambda r, way=way: r["scores"][key].get(way), decimals) for way in WAYS
+    }
+    for title, (key, decimals) in others:
+        found[title] = (lambda r, key=key: r["scores"][key].get("predicted", r["scores"][key]["floor"]), decimals)
+    return found
+
+
+def spread(results: list[Result], of: Callable[[Result], float | None], decimals: int) -> str:
+    """Mean and, of several, standard deviation."""
+    values = [value for result in results if (value := of(result)) is not None]
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
+def example(run: Path, *, labelled: bool) -> np.ndarray:
+    """Predictions for the first held-out examples, (SHOWN, 3, H, W) uint8; `labelled`: after photographs and labels."""
+    config, model = runs.open_model(run, "prior" if (run / "tokenizer").is_dir() else "tokenizer")
+    uvim = runs.load_model(run / "tokenizer") if config.kind == "prior" else model
+    parts: list[Tensor] = []
+    with torch.inference_mode():
+        inputs = next(iter(open_loader(config, "test", batch_size=SHOWN).epoch())).inputs
+        image, task = uvim.image(inputs), uvim.task
+        if labelled:
+            parts += [inputs[:, :3].byte(), task.picture(truth(task, inputs, image))]
+        codes = None
+        if config.kind == "prior":
+            codes = model.sample(len(inputs), model.condition(images=image), sampling=GREEDY)
+        parts.append(task.picture(task.predict(uvim.solve(image, codes), image)))
+    return torch.cat(parts).numpy()
+
+
+def truth(task: Any, inputs: Tensor, image: Tensor) -> Tensor:
+    """The label as if it were predicted with certainty."""
+    label = task.label(inputs)
+    return label if task.classes == () else task.predict(label, image)
+
+
+if __name__ == "__main__":
+    app()
