@@ -384,11 +384,13 @@ def diagnose(
     limit: Annotated[int | None, typer.Option(min=1, help="The first N examples only.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Say what is wrong with a run's codes and what to change; writes RUN/diagnosis.json and RUN/diagnosis.svg."""
+    """Say what is wrong with a run's codes and what to change; writes RUN/diagnosis.json and RUN/report.html."""
     from latticode.diagnose import diagnose as run_diagnosis
     from latticode.diagnose import show
+    from latticode.report import write_report
 
     out.print(show(run_diagnosis(run, source, split.value, limit=limit, device=device, console=err)))
+    out.print(f"{write_report(run)}")
 
 
 @app.command()

@@ -55,7 +55,7 @@ LOG_RATIO = 20.0  # positive values that span more than this are drawn on a log 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PIL image, the path of a PNG, or a matplotlib figure."""
+    """A PIL image, the path of a PNG or SVG, or a matplotlib figure."""
 
     image: Image.Image | Path | Figure
     caption: str = ""
@@ -69,6 +69,8 @@ def embed(picture: Picture) -> dict[str, Any]:
         return {"uri": _uri(svg(image), "svg+xml"), "width": round(image.get_figwidth() * 96), "pixels": False}
     if isinstance(image, Path):
         data = image.read_bytes()
+        if image.suffix == ".svg":
+            return {"uri": _uri(data, "svg+xml"), "width": PAGE_WIDTH, "pixels": False}
         with Image.open(image) as opened:
             width = opened.width
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from latticode.files import replacing
@@ -92,8 +92,6 @@ def with_legend(image: Image.Image, entries: Sequence[tuple[str, tuple[int, ...]
     """`image` with a column at its right that names colours (text, RGB), top down; as it is for no entries."""
     if not entries:
         return image
-    from PIL import ImageDraw, ImageFont
-
     font = ImageFont.load_default(size=FONT)
     line = min(LINE, max(2, image.height // len(entries))) if any(not text for text, _ in entries) else LINE
     wide = max(round(font.getlength(text)) for text, _ in entries)
@@ -106,6 +104,21 @@ def with_legend(image: Image.Image, entries: Sequence[tuple[str, tuple[int, ...]
         top = FONT // 2 + place * line
         draw.rectangle((left, top, left + LINE - 1, top + line - 1), tuple(colour))
         draw.text((left + LINE + GAP, top + line / 2), text, fill=(0, 0, 0), font=font, anchor="lm")
+    return canvas
+
+
+def captioned(parts: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures below each other, each under its text. Raises ValueError for none."""
+    if not parts:
+        raise ValueError("expected at least one picture")
+    font = ImageFont.load_default(size=FONT)
+    wide = max(max(image.width, round(font.getlength(text))) for text, image in parts)
+    canvas = Image.new("RGB", (wide, sum(LINE + image.height + GAP for _, image in parts) - GAP), (BACKGROUND,) * 3)
+    draw, top = ImageDraw.Draw(canvas), 0
+    for text, image in parts:
+        draw.text((0, top + LINE / 2), text, fill=(0, 0, 0), font=font, anchor="lm")
+        canvas.paste(image, (0, top + LINE))
+        top += LINE + image.height + GAP
     return canvas
 
 

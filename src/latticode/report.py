@@ -91,7 +91,7 @@ class Section:
 def write_report(run_folder: Path) -> Path:
     """Write `run_folder`/report.html and return its path. What the folder lacks is left out of the page.
 
-    Read are run.json, images/*.png, evaluation.json, probe.json, metrics.jsonl and config.yaml. Raises
+    Read are run.json, images/*.png, evaluation.json, diagnosis.json, probe.json, metrics.jsonl and config.yaml. Raises
     FileNotFoundError if there is no such folder and ValueError, with the file's name, for JSON that is not an object.
     """
     if not run_folder.is_dir():
@@ -109,6 +109,8 @@ def run_sections(run_folder: Path) -> list[Section]:
     sections = list(_image_sections(run_folder / "images"))
     if evaluation:
         sections += list(_evaluation_sections(evaluation))
+    if diagnosis := _read_object(run_folder / "diagnosis.json"):
+        sections.append(_diagnosis_section(diagnosis, run_folder))
     if probe := _read_object(run_folder / "probe.json"):
         sections.append(_probe_section(probe))
     if lines := read_metrics(run_folder / "metrics.jsonl"):
@@ -206,6 +208,19 @@ def _dense_section(scores: Mapping[str, Any], classes: Mapping[str, Any], protoc
             tables.append(Table(cells, ("class", *map(_label, names)), f"Classes, {way}"))
     text = "\n\n".join(f"{way.capitalize()}: {protocol[way]}." for way in ways if way in protocol)
     return Section("Predictions", text, tables=tables)
+
+
+def _diagnosis_section(diagnosis: Mapping[str, Any], folder: Path) -> Section:
+    """What is wrong with the codes and what to change, how they are used, and what they mean."""
+    found = [(f["kind"], f["part"], f["text"], " or ".join(f["change"])) for f in diagnosis["findings"]]
+    text = "\n\n".join(["" if found else "Nothing is wrong with the codes.", *diagnosis["notes"]]).strip()
+    tables = [Table(found, ("finding", "where", "what", "try"))] if found else []
+    if protocol := diagnosis.get("protocol"):
+        tables.append(Table([(_label(k), v) for k, v in _flatten(protocol)], caption="Protocol"))
+    curves, images = folder / "diagnosis.svg", folder / "semantics.png"
+    pictures = [Picture(curves, "How often levels or codes are used")] if curves.is_file() else []
+    pictures += [Picture(images, "What codes mean")] if readable(images) else []
+    return Section("Diagnosis", text, pictures, tables)
 
 
 def _probe_section(probe: Mapping[str, Any]) -> Section:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from latticode.data import Loader, Preprocess
 from latticode.evaluate.common import Report, batches_of, device_of, evaluating
-from latticode.files import replacing
-from latticode.pictures import grid_image
+from latticode.pictures import captioned, grid_image, save_png
 from latticode.quantizers import FSQ
 from latticode.tokenizer import Tokenizer
 from latticode.values import to_uint8
 
 COLUMNS = 8
+LEAST = 64  # pixels of a side that is looked at
 POOL = 256  # images whose positions make the marginal
 
 
@@ -83,13 +83,11 @@ def probes(tokenizer: Tokenizer, images: Tensor, pool: Tensor, seed: int = 0) ->
 
 
 def picture(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """The rows of `probes` below each other, each filled up with white to the length of the first."""
-    filled = []
-    for _, images in rows:
-        shown = to_uint8(images).cpu()
-        white = shown.new_full((len(rows[0][1]) - len(shown), *shown.shape[1:]), 255)
-        filled.append(torch.cat([shown, white]))
-    return grid_image(torch.cat(filled), columns=len(rows[0][1]))
+    """The rows of `probes` below each other under their names, small images enlarged."""
+    factor = -(-LEAST // max(rows[0][1].shape[2:]))
+    shown = [(name, to_uint8(images).cpu()) for name, images in rows]
+    large = [(name, images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)) for name, images in shown]
+    return captioned([(name, grid_image(images, columns=len(images))) for name, images in large])
 
 
 def write_probes(tokenizer: Tokenizer, loader: Loader, path: Path, limit: int = POOL) -> list[str]:
@@ -103,6 +101,5 @@ def write_probes(tokenizer: Tokenizer, loader: Loader, path: Path, limit: int = 
         inputs = [batch.inputs.to(device_of(tokenizer)) for batch in batches_of(loader, limit, Report(None, 0))]
         pool = torch.cat([tokenizer.encode(images) for images in inputs])
         rows = probes(tokenizer, torch.cat(inputs)[:COLUMNS], pool)
-    with replacing(path) as temporary:
-        picture(rows).save(temporary, format="PNG")
+    save_png(path, picture(rows))
     return [name for name, _ in rows]

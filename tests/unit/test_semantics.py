@@ -12,6 +12,7 @@ from helpers import QUIET, tiny_tokenizer, tokenizer_spec
 from latticode import registry
 from latticode.diagnose import diagnose
 from latticode.quantizers import FSQ
+from latticode.report import write_report
 from latticode.semantics import drawn, picture, probes, shifted, stitched, uniform
 
 CODES = torch.randint(12, (5, 4, 3, 2))
@@ -63,7 +64,7 @@ def test_every_probe_is_images(spec) -> None:
         assert torch.equal(rows[1][1], tokenizer.decode(tokenizer.encode(images), (8, 8)))
     assert len(rows) == (7 if spec["type"] == "fsq" else 5)
     assert all(shown.shape[1:] == images.shape[1:] and 1 <= len(shown) <= 4 for _, shown in rows)
-    assert picture(rows).size == (4 * 8 + 3 * 2, len(rows) * 8 + (len(rows) - 1) * 2)
+    assert picture(rows).height == len(rows) * (16 + 64 + 6) - 6  # a line of text, images enlarged to 64, a gap
 
 
 def test_a_diagnosis_draws_them(tmp_path: Path) -> None:
@@ -71,4 +72,9 @@ def test_a_diagnosis_draws_them(tmp_path: Path) -> None:
     result = diagnose(run, limit=20, device="cpu", console=QUIET)
     assert result["probes"][:2] == ["images", "reconstructions"]
     with Image.open(run / "semantics.png") as drawn_probes:
-        assert drawn_probes.height == len(result["probes"]) * 10 - 2
+        assert drawn_probes.height == len(result["probes"]) * 86 - 6
+    page = write_report(run).read_text()
+    assert "Diagnosis" in page
+    assert "What codes mean" in page
+    (run / "semantics.png").write_bytes(b"cut short")
+    assert "What codes mean" not in write_report(run).read_text()
