@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from latticode.cli_study import study
+from latticode.cli_study import compare, diagnose, levels, study
 from latticode.options import (
     Clip,
+    Device,
     DrawnAtOnce,
     Judge,
     KeepBest,
     Labels,
     Overwrite,
+    RunFolder,
     Seed,
+    Split,
     TextFile,
     Texts,
+    err,
+    out,
     takes_sampling,
 )
 from latticode.types import Sampling
@@ -34,23 +37,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True)
 
 
-class Split(StrEnum):
-    train = "train"
-    test = "test"
-    all = "all"
-
-
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")]
 OwnSize = Annotated[bool, typer.Option("--own-size", help="Keep every image's size, padded to the stride.")]
 Tile = Annotated[
     int | None,
     typer.Option(min=1, help="Work in overlapping tiles where an image is longer than this; default 1024."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the best there is.")]
 
 
 @app.command()
@@ -376,54 +369,8 @@ def probe(
     out.print(f"{write_report(run)}")
 
 
-@app.command()
-def diagnose(
-    run: RunFolder,
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="Default: the run's own data.")] = None,
-    split: Annotated[Split, typer.Option(help="Part of the source.")] = Split.test,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first N examples only.")] = None,
-    device: Device = "auto",
-) -> None:
-    """Say what is wrong with a run's codes and what to change; writes RUN/diagnosis.json and RUN/report.html."""
-    from latticode.diagnose import diagnose as run_diagnosis
-    from latticode.diagnose import show
-    from latticode.report import write_report
-
-    out.print(show(run_diagnosis(run, source, split.value, limit=limit, device=device, console=err)))
-    out.print(f"{write_report(run)}")
-
-
-@app.command()
-def levels(
-    bits: Annotated[float | None, typer.Option(help="Wanted bits per position.")] = None,
-    size: Annotated[int | None, typer.Option(help="Wanted codebook size.")] = None,
-    run: Annotated[Path | None, typer.Option(help="An FSQ tokenizer's run, whose latents are the evidence.")] = None,
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="For --run; default: its data.")] = None,
-) -> None:
-    """Recommend FSQ levels for a codebook size, with what a unit-normal input, or those of a run, make of them."""
-    from latticode.quantizers.levels import recommend
-
-    if run or source:
-        from latticode.diagnose import recommended, show_levels
-
-        if run is None:
-            raise ValueError(f"SOURCE {source} is for --run, which names the tokenizer that shall see it")
-        return out.print(show_levels(recommended(run, source, size=size, bits=bits, console=err)))
-    found = recommend(size=size, bits=bits)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in (
-        ("levels", "[" + ", ".join(map(str, found.levels)) + "]"),
-        ("size", f"{found.size:,}"),
-        ("bits", f"{found.bits:.3f}"),
-        ("entropy", f"{found.entropy:.3f} bits for a unit-normal input under the {found.bound} bound"),
-        ("usage", f"{found.usage:.2%} of the codes appear in {found.tokens:,} unit-normal tokens"),
-        ("source", found.source),
-    ):
-        table.add_row(name, value)
-    out.print(table)
-
-
-app.command()(study)
+for verb in (study, compare, diagnose, levels):
+    app.command()(verb)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The command line's verb `study`."""
+"""Verbs for choosing a codebook: study, compare, diagnose, levels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from latticode.options import Device, RunFolder, Split, err, out
 
 
 def study(
@@ -67,5 +70,71 @@ def study(
         budget=None if steps else parse_budget(budget),
         steps=steps or 0,
     )
-    console = Console(stderr=True)
-    typer.echo(run_study(plan, target, shard=parse_shard(shard), plan_only=plan_only, console=console))
+    out.print(f"{run_study(plan, target, shard=parse_shard(shard), plan_only=plan_only, console=err)}")
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Evaluated runs, or evaluations as JSON files.")],
+) -> None:
+    """Put evaluations side by side. Those of another protocol stand in a table of their own, with what differs.
+
+    Example: latticode compare runs/fsq runs/vq theirs.json
+    """
+    from latticode.compare import compare as compared
+    from latticode.report import cell
+
+    groups = compared(runs)
+    for group in groups:
+        if group.differs:
+            out.print(f"not comparable with the first table: {group.differs}", style="yellow", markup=False)
+        table = Table("", *map(escape, group.results), box=None, pad_edge=False)
+        for key, *values in group.rows():
+            table.add_row(key, *("" if value is None else cell(value) for value in values))
+        out.print(table)
+    if len(groups) == 1:
+        out.print("all under one protocol")
+
+
+def diagnose(
+    run: RunFolder,
+    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="Default: the run's own data.")] = None,
+    split: Annotated[Split, typer.Option(help="Part of the source.")] = Split.test,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first N examples only.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Say what is wrong with a run's codes and what to change; writes RUN/diagnosis.json and RUN/report.html."""
+    from latticode.diagnose import diagnose as run_diagnosis
+    from latticode.diagnose import show
+    from latticode.report import write_report
+
+    out.print(show(run_diagnosis(run, source, split.value, limit=limit, device=device, console=err)))
+    out.print(f"{write_report(run)}")
+
+
+def levels(
+    bits: Annotated[float | None, typer.Option(help="Wanted bits per position.")] = None,
+    size: Annotated[int | None, typer.Option(help="Wanted codebook size.")] = None,
+    run: Annotated[Path | None, typer.Option(help="An FSQ tokenizer's run, whose latents are the evidence.")] = None,
+    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="For --run; default: its data.")] = None,
+) -> None:
+    """Recommend FSQ levels for a codebook size, with what a unit-normal input, or those of a run, make of them."""
+    from latticode.quantizers.levels import recommend
+
+    if run or source:
+        from latticode.diagnose import recommended, show_levels
+
+        if run is None:
+            raise ValueError(f"SOURCE {source} is for --run, which names the tokenizer that shall see it")
+        return out.print(show_levels(recommended(run, source, size=size, bits=bits, console=err)))
+    found = recommend(size=size, bits=bits)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in (
+        ("levels", "[" + ", ".join(map(str, found.levels)) + "]"),
+        ("size", f"{found.size:,}"),
+        ("bits", f"{found.bits:.3f}"),
+        ("entropy", f"{found.entropy:.3f} bits for a unit-normal input under the {found.bound} bound"),
+        ("usage", f"{found.usage:.2%} of the codes appear in {found.tokens:,} unit-normal tokens"),
+        ("source", found.source),
+    ):
+        table.add_row(name, value)
+    out.print(table)

@@ -1,17 +1,31 @@
-"""Options that several verbs of the command line share."""
+"""What several verbs of the command line share: options, and where they print."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.console import Console
 
 from latticode.types import Sampling
 
+out = Console(soft_wrap=True)
+err = Console(stderr=True)
+
+
+class Split(StrEnum):
+    train = "train"
+    test = "test"
+    all = "all"
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes the best there is.")]
 Labels = Annotated[
     list[str] | None,
     typer.Option("--label", help="Class: a number, -1 for none, or a name. Several: in turn, one for each sample."),

@@ -89,11 +89,16 @@ class Pretrained(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 over spec and weights: what a token dataset remembers of the tokenizer that made it."""
-        digest = hashlib.sha256(json.dumps(registry.spec_of(self), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return weights_digest(self, json.dumps(registry.spec_of(self), sort_keys=True))
+
+
+def weights_digest(module: nn.Module, about: str = "") -> str:
+    """SHA-256 over `about` and the names, shapes, types and numbers of a module's state."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_model(model: nn.Module, folder: Path, weights: Mapping[str, Tensor]) -> None:

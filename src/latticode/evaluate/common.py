@@ -78,7 +78,8 @@ def features_of(network: FeatureNetwork, images: Tensor) -> Tensor:
 def feature_protocol(network: FeatureNetwork | None, statistics: FeatureStatistics, name: str) -> dict[str, Any]:
     if network is None:
         return {}
-    return {"feature_network": network.name, "reference": name, "reference_images": statistics.count}
+    about = {"feature_network": network.name, "feature_weights": network.weights}
+    return {**about, "reference": name, "reference_images": statistics.count}
 
 
 def device_of(module: Any) -> torch.device:

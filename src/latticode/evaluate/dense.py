@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from latticode.data.loading import Loader
-from latticode.evaluate.common import Progress, Report, batches_of, count_of, device_of, evaluating, features_of
+from latticode.evaluate.common import (
+    Progress,
+    Report,
+    batches_of,
+    count_of,
+    device_of,
+    evaluating,
+    feature_protocol,
+    features_of,
+)
 from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.features import FeatureNetwork, FeatureStatistics
 from latticode.priors.base import Prior
@@ -97,11 +106,8 @@ def evaluate_dense(
     if features is not None:
         distances = {way: seen[way].distance(seen["reference"]) for way in (*ways, "real")}
         scores[f"fid_{features.name}"] = distances
-        facts = {
-            "feature_network": features.name,
-            "reference": "the originals of every other held-out image, which are not among those predicted",
-            "reference_images": seen["reference"].count,
-        }
+        others = "the originals of every other held-out image, which are not among those predicted"
+        facts = feature_protocol(features, seen["reference"], others)
     result: dict[str, Any] = {"scores": scores}
     if kinds["classes"][0] is not None:
         result["classes"] = dict(zip(ways, kinds["classes"], strict=True))

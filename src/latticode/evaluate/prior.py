@@ -26,6 +26,7 @@ from latticode.evaluate.common import (
 from latticode.metrics.classifier import Classifier
 from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
 from latticode.outputs import seconds_of
+from latticode.pretrained import weights_digest
 from latticode.priors.base import Prior
 from latticode.tokenizer import Tokenizer
 from latticode.types import Sampling, first_texts
@@ -152,6 +153,7 @@ def evaluate_prior(
     if classifier is not None:
         result["label_accuracy"], result["label_accuracy_shuffled"] = drawn.accuracy()
         result["label_accuracy_real"], _ = real.accuracy()
+        facts["classifier_weights"] = weights_digest(classifier)[:16]
     return result | {
         "samples": samples,
         "samples_per_second": samples / seconds,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latticode.metrics.classifier import Classifier
+from latticode.pretrained import weights_digest
 from latticode.values import rounded, to_uint8
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -22,12 +23,16 @@ CHUNK = 2**23  # entries of a block of a distance matrix: 64 MiB in float64
 
 
 class FeatureNetwork(nn.Module):
-    """Images (B, C, H, W), float in [-1, 1] -> features (B, F), under a name. They are rounded to 8 bits first."""
+    """Images (B, C, H, W), float in [-1, 1] -> features (B, F), under a name. They are rounded to 8 bits first.
+
+    `weights`, a part of their SHA-256, tells networks of one name apart.
+    """
 
     def __init__(self, name: str, network: nn.Module):
         """`network` has `features(images)` for float images in [-1, 1]."""
         super().__init__()
         self.name, self.network = name, network.eval().requires_grad_(False)
+        self.weights = weights_digest(network)[:16]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network.features(rounded(images))  # type: ignore[operator]
