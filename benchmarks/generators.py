@@ -54,7 +54,7 @@ class Group:
 
 
 SHORT = ("steps=1000",)  # of the tokenizers
-STEPS, LONG = "steps=600", "steps=1000"  # of the priors
+STEPS, LONG = "steps=600", "steps=800"  # of the priors
 BPE = "{type: bpe, size: 768, length: 32, cut: true}"
 LEVELS = "[8, 5, 5, 5]"
 THOUSAND = f"tokenizer.quantizer.levels={LEVELS}"  # codes
@@ -126,7 +126,7 @@ GROUPS = {
             "dalle": ("fsq", "dalle-ucm", LONG, f"prior.text={BPE}"),
             "muse": ("vqvae2", "muse-ucm", LONG),
         },
-        classifier=("steps=1500", "data.flip=true"),
+        classifier=("steps=800", "data.flip=true"),
         columns=BY_CAPTION,
         shown=(
             "there is a piece of green farmland",
