@@ -32,12 +32,11 @@ class Part:
     latents: list[Tensor] = field(default_factory=list)  # (n, D) float32, of a share of the tokens
 
     def change(self, **values: Any) -> str:
-        """Overrides of its spec in a run's config, which a quantizer that is used several times has one of. Items of
-        lists have no override: there the name says where."""
+        """Overrides of its spec in a run's config, as a shell takes them; a quantizer that is used several times has
+        one. Items of lists have no override: there the name says where."""
         path = f"tokenizer.{self.name.split()[0]}"
-        if "[" in path:
-            return f"in {path}: " + " ".join(f"{key}={value}" for key, value in values.items())
-        return " ".join(f"{path}.{key}={value}" for key, value in values.items())
+        words = [f"{key}={value}".replace(" ", "") for key, value in values.items()]
+        return f"in {path}: " + " ".join(words) if "[" in path else " ".join(f"{path}.{word}" for word in words)
 
 
 def leaves(
