@@ -88,8 +88,8 @@ class Pretrained(nn.Module):
         return model
 
     def fingerprint(self) -> str:
-        """SHA-256 over spec and weights: what a token dataset remembers of the tokenizer that made it."""
-        return weights_digest(self, json.dumps(registry.spec_of(self), sort_keys=True))
+        """SHA-256 over spec, defaults left out, and weights: what a token dataset remembers of its tokenizer."""
+        return weights_digest(self, json.dumps(registry.essence(registry.spec_of(self)), sort_keys=True))
 
 
 def weights_digest(module: nn.Module, about: str = "") -> str:

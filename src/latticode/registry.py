@@ -172,6 +172,16 @@ def spec_of(module: nn.Module) -> Spec:
     }
 
 
+def essence(spec: Any) -> Any:
+    """`spec` without what is a constructor's default: it stays the same when a class gets a further option."""
+    if isinstance(spec, list | tuple):
+        return [essence(inner) for inner in spec]
+    if not isinstance(spec, Mapping) or "type" not in spec:
+        return spec
+    defaults = {key: _plain(p.default) for key, p in parameters_of(resolve(spec["type"])).items()}
+    return {key: essence(value) for key, value in spec.items() if key not in defaults or value != defaults[key]}
+
+
 def _same(entry: str | type, cls: type) -> bool:
     return entry == f"{cls.__module__}:{cls.__qualname__}" if isinstance(entry, str) else entry is cls
 

@@ -9,6 +9,7 @@ import torch
 
 from latticode import FSQ
 from latticode.kernels.grid import BOUNDS, EPS
+from latticode.quantizers.gradients import rotation
 from latticode.quantizers.levels import TABLE
 
 UNIT_NORMAL = {  # bin probabilities under N(0, 1), three digits
@@ -190,6 +191,23 @@ def test_noise_keeps_the_gradient_of_the_bound() -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_the_gradient_may_pass_the_rounding_by_rotation(bound: str) -> None:
+    turned, straight = FSQ([8, 3, 5], bound, gradient="rotation"), FSQ([8, 3, 5], bound)
+    z, weight = torch.randn(200, 3), torch.randn(200, 3)
+    a, b = (z.clone().requires_grad_() for _ in range(2))
+    out, plain = turned(a), straight(a)
+    assert torch.equal(out.latents, plain.latents)
+    assert torch.equal(out.codes, plain.codes)
+    expected = rotation(straight.bounded(b), plain.latents.detach())
+    found = torch.autograd.grad((out.latents * weight).sum(), a)[0]
+    torch.testing.assert_close(found, torch.autograd.grad((expected * weight).sum(), b)[0])
+    assert not torch.allclose(found, torch.autograd.grad((plain.latents * weight).sum(), a)[0])
+    turned.eval()
+    given = torch.autograd.grad((turned(a).latents * weight).sum(), a)[0]
+    torch.testing.assert_close(given, torch.autograd.grad((straight(a).latents * weight).sum(), a)[0])
+
+
 @pytest.mark.parametrize("shape", [(3,), (50, 3), (4, 5, 6, 3), (0, 3)])
 def test_noise_takes_any_rank_and_type(shape: tuple[int, ...]) -> None:
     fsq = FSQ([8, 3, 5], noise=0.5)
@@ -225,6 +243,7 @@ def test_no_state_and_no_codebook() -> None:
         ({"levels": [8], "slope": 0.0}, "slope must be > 0 and finite, got 0.0"),
         ({"levels": [8, 8, 8], "factors": 2}, "factors must divide the 3 channels, got 2"),
         ({"levels": [8], "noise": 1.5}, "noise is a probability, got 1.5"),
+        ({"levels": [8], "gradient": "turn"}, "gradient must be one of straight-through, rotation, diveq, got 'turn'"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:

@@ -37,6 +37,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "fsq-symmetric": fsq(2, 3, 8, bound="symmetric"),
     "fsq-equal-bins": fsq(2, 5, 4, 6, bound="equal-bins", slope=1.6, factors=2),
     "fsq-noise": fsq(5, 4, 8, noise=0.5),
+    "fsq-rotation": fsq(5, 4, 8, gradient="rotation"),
+    "fsq-diveq": fsq(5, 4, gradient="diveq", bound="symmetric"),
     "lfq": {"type": "lfq", "dim": 6},
     "lfq-factors": {"type": "lfq", "dim": 8, "factors": 2, "entropy_groups": 2},
     "bsq": {"type": "bsq", "dim": 5},
@@ -68,7 +70,15 @@ SPECS: dict[str, dict[str, Any]] = {
     "residual-grouped": residual({"type": "grouped", "quantizers": vq(48, 2), "groups": 2}, vq(48, 4)),
     "hierarchical": {"type": "hierarchical", "top": fsq(5, 5, 5), "bottom": vq(48, 3), "fanout": 4},
 }
-DRAWN = {"fsq-noise", "vq-diveq", "gumbel", "gumbel-hard", "stochastic-vq", "rvq-dropout"}  # random in training
+DRAWN = {
+    "fsq-noise",
+    "fsq-diveq",
+    "vq-diveq",
+    "gumbel",
+    "gumbel-hard",
+    "stochastic-vq",
+    "rvq-dropout",
+}  # random in training
 SOFT = DRAWN - {"gumbel-hard", "rvq-dropout"}  # the latents of training are near those of the codes, not equal
 
 

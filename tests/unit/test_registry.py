@@ -23,7 +23,7 @@ def test_every_entry_resolves_to_a_module(name: str) -> None:
         ({"type": "fsqq", "levels": [8]}, "unknown type 'fsqq'; nearest: fsq"),
         (
             {"type": "fsq", "level": [8]},
-            "unknown key 'level' for type 'fsq'; nearest: levels; valid: bound, factors, levels, noise, slope",
+            "unknown key 'level' for type 'fsq'; nearest: levels; valid: bound, factors, gradient, levels, noise,",
         ),
         ({"type": "fsq"}, "type 'fsq' lacks levels"),
         ({"type": "os:system"}, "unknown type 'os:system'"),
@@ -50,3 +50,13 @@ def test_a_class_of_the_users_own_joins_the_table(monkeypatch) -> None:
     built = build({"type": "mine", "levels": [4, 4]})
     assert isinstance(built, Mine)
     assert spec_of(built) == {**spec_of(FSQ([4, 4])), "type": "mine"}
+
+
+def test_the_essence_of_a_spec_does_not_change_with_options_that_nobody_uses() -> None:
+    whole = spec_of(build({"type": "fsq", "levels": [8, 5], "bound": "symmetric"}))
+    assert whole.keys() > {"type", "levels", "bound"}
+    assert registry.essence(whole) == {"type": "fsq", "levels": [8, 5], "bound": "symmetric"}
+    grouped = spec_of(build({"type": "grouped", "quantizers": [whole, {**whole, "noise": 0.5}]}))
+    essence = registry.essence(grouped)
+    assert essence["quantizers"] == [registry.essence(whole), {**registry.essence(whole), "noise": 0.5}]
+    assert spec_of(build(essence)) == grouped

@@ -10,6 +10,7 @@ from torch import Tensor
 from latticode.kernels import Lattice, to_lattice
 from latticode.kernels.grid import values
 from latticode.quantizers.base import Quantizer, Step, Tokens
+from latticode.quantizers.gradients import ESTIMATORS, check_estimator
 from latticode.types import Quantized
 
 
@@ -38,9 +39,12 @@ class FSQ(Quantizer):
             is left out; of what that gives, a share p is kept, and the rest becomes the bounded value plus noise that
             is uniform over one bin of its channel. Drawn for each entry of the first axis: a sample of (B, ..., D), a
             token of (N, D). Codes are never noisy.
+        gradient: how it passes the rounding in training, a name in `gradients.ESTIMATORS`, of the bounded values and
+            their levels; with "diveq" the latents are only near the levels in training. In eval mode it is
+            straight-through.
 
     Arithmetic is float32 whatever the autocast or parameter type, so the codes of a value do not depend on it; tanh is
-    correctly rounded (`kernels.to_lattice`). The straight-through gradient passes through the bound, not the rounding.
+    correctly rounded (`kernels.to_lattice`). The gradient passes through the bound, whatever passes it by the rounding.
     Other than in most quantizers, infinities saturate, and a NaN stays NaN in its own channel only; the codes of its
     token are -1.
 
@@ -49,12 +53,20 @@ class FSQ(Quantizer):
     """
 
     def __init__(
-        self, levels: Sequence[int], bound: str = "paper", slope: float = 2.0, factors: int = 1, noise: float = 0.0
+        self,
+        levels: Sequence[int],
+        bound: str = "paper",
+        slope: float = 2.0,
+        factors: int = 1,
+        noise: float = 0.0,
+        gradient: str = "straight-through",
     ):
         super().__init__()
         self._lattice = Lattice(tuple(levels), bound, slope, factors)
         if not 0 <= noise <= 1:
             raise ValueError(f"noise is a probability, got {noise}")
+        check_estimator(gradient)
+        self.gradient = gradient
         self.levels, self.bound, self.slope, self.factors, self.noise = list(levels), bound, slope, factors, noise
         self.dim, self.vocab = len(self.levels), self._lattice.vocab
         # Integers survive .bfloat16(); nothing is saved, since the spec says it all.
@@ -89,9 +101,16 @@ class FSQ(Quantizer):
         return Step(*self._both(tokens.values))
 
     def _both(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents, noisy in training where that is asked for, and codes."""
+        """Latents, in training with the gradient and the noise that are asked for, and codes."""
         latents, codes = to_lattice(z, self._lattice)
+        if self.training and self.gradient != "straight-through":
+            latents = self._estimated(z, latents)
         return (self._disturbed(z, latents) if self.training and self.noise else latents), codes
+
+    def _estimated(self, z: Tensor, latents: Tensor) -> Tensor:
+        finite = latents.isfinite().all(-1, keepdim=True)
+        bounded = self.bounded(z.where(finite, 0.0))
+        return latents.where(~finite, ESTIMATORS[self.gradient](bounded, latents.detach().float()).to(z.dtype))
 
     def _disturbed(self, z: Tensor, latents: Tensor) -> Tensor:
         bounded = self.bounded(z)
@@ -131,5 +150,6 @@ class FSQ(Quantizer):
         return (codes[..., None] // basis % levels).flatten(-2)  # not .div(), which ONNX rounds to 53 bits
 
     def extra_repr(self) -> str:
-        given = {name: getattr(self, name) for name in ("levels", "bound", "slope", "factors", "noise")}
+        names = ("levels", "bound", "slope", "factors", "noise", "gradient")
+        given = {name: getattr(self, name) for name in names}
         return ", ".join(f"{name}={value!r}" for name, value in given.items())

@@ -81,3 +81,9 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rotation": rotation,
     "diveq": diveq,
 }
+
+
+def check_estimator(name: str) -> None:
+    """Raise ValueError for a name that is not in `ESTIMATORS`."""
+    if name not in ESTIMATORS:
+        raise ValueError(f"gradient must be one of {', '.join(ESTIMATORS)}, got {name!r}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from latticode import distributed, kernels
 from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, Update, token_mean
 from latticode.quantizers.codebook import UPKEEPS, Codebook
-from latticode.quantizers.gradients import ESTIMATORS, straight_through, synchronized
+from latticode.quantizers.gradients import ESTIMATORS, check_estimator, straight_through, synchronized
 from latticode.types import Softened
 
 UPDATES = ("ema", "gradient")
@@ -270,7 +270,6 @@ class SimVQ(NearestCode):
 def _check(size: int, dim: int, gradient: str, entropy: float | None) -> None:
     if size < 1 or dim < 1:
         raise ValueError(f"size and dim must be >= 1, got {size} and {dim}")
-    if gradient not in ESTIMATORS:
-        raise ValueError(f"gradient must be one of {', '.join(ESTIMATORS)}, got {gradient!r}")
+    check_estimator(gradient)
     if entropy is not None and not 0 < entropy < math.inf:
         raise ValueError(f"entropy is a temperature and must be > 0, or None, got {entropy}")
