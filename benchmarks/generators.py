@@ -12,6 +12,7 @@ and draws samples, one row of pictures for each prior and one column for each cl
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import torch
 import typer
 from rich.console import Console
 from systems import finish, line
-from torch import nn
+from torch import Tensor, nn
 
 from latticode import runs
 from latticode.nn.transformer import Transformer
@@ -34,7 +35,7 @@ from latticode.priors.pixelcnn import RasterNetwork
 from latticode.types import Sampling
 
 Result = dict[str, Any]
-HELD_OUT = 2000
+HELD_OUT, TIMED = 2000, 64
 BY_LABEL, BY_TEXT = Sampling(guidance=1.0, revisions=2), Sampling(guidance=2.0, guidance_schedule="linear")
 
 
@@ -195,13 +196,16 @@ def table(name: Name, out: Out = Path("runs/generators")) -> None:
     group, folder = GROUPS[name], out / name
     done = {row: group.rows[row][0] for row in group.rows if (folder / row / "run.json").is_file()}
     results = {row: score(folder / row, tokenizer, group) for row, tokenizer in done.items()}
+    rows = []
+    for row, result in results.items():  # one after another, so that what else the machine does is alike for all
+        images, result["samples_per_second"] = example(folder / row, group)
+        rows.append(images)
     print(line("prior", *group.columns) + "\n" + line(*["---"] * (1 + len(group.columns))))
     for row, result in results.items():
         print(line(row, *(COLUMNS[column](result) for column in group.columns)))
     any_row = next(iter(results.values()))
     real = {key.removesuffix("_real"): value for key, value in any_row.items() if key.endswith("_real")}
     print(line("test images", *(COLUMNS[c](real) if c in QUALITY else "" for c in group.columns)))
-    rows = [example(folder / row, group) for row in done]
     save_png(out / f"{name}.png", grid_image(np.concatenate(rows), len(rows[0])))
 
 
@@ -238,16 +242,23 @@ def passes(prior: Prior, group: Group) -> str:
     return " + ".join(str(times) for times in count.values())
 
 
-def example(run: Path, group: Group) -> np.ndarray:
-    """One sample for each class, or each caption shown, (count, C, H, W) uint8."""
+def example(run: Path, group: Group) -> tuple[np.ndarray, float]:
+    """One sample for each class, or each caption shown, (count, C, H, W) uint8; and samples a second, by `TIMED`."""
     config, prior = runs.open_model(run, "prior")
     _, tokenizer = runs.open_tokenizer(run)
     preprocess, count = config.data.preprocess(), len(group.shown) or prior.classes or 10
+
+    def draw(number: int) -> Tensor:
+        texts = tuple(group.shown[i % count] for i in range(number)) if group.shown else ()
+        told = prior.condition(torch.arange(number) % count, texts)
+        codes = prior.sample(number, told, sampling=group.sampling, seed=1)
+        return tokenizer.decode(codes, preprocess.shape[1:] if preprocess.shape else None)
+
     with torch.inference_mode():
-        told = prior.condition(torch.arange(count), group.shown)
-        codes = prior.sample(count, told, sampling=group.sampling, seed=1)
-        images = tokenizer.decode(codes, preprocess.shape[1:] if preprocess.shape else None)
-    return preview(images, preprocess)[0]
+        images = preview(draw(count), preprocess)[0]
+        began = time.perf_counter()
+        draw(TIMED)
+    return images, TIMED / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":
