@@ -101,7 +101,7 @@ GROUPS = {
     ),
     "cifar10": Group(
         "cifar10",
-        ("data.size=32",),
+        ("data.size=32", "data.channels=3"),
         {
             "fsq": ("fsq-cifar10", *SHORT, THOUSAND),
             "rqvae": ("rqvae-cifar10", *SHORT),
@@ -114,7 +114,7 @@ GROUPS = {
     ),
     "ucm-captions": Group(
         "ucm-captions",
-        ("data.size=64",),
+        ("data.size=64", "data.channels=3"),
         {
             "fsq": ("fsq-cifar10", *SHORT, "batch_size=16", THOUSAND, *EIGHTH),
             "vqvae2": ("vqvae2-ucm", *SHORT),
@@ -125,7 +125,7 @@ GROUPS = {
                 f"prior.text={{type: text_encoder, bpe: {BPE}, width: 128, depth: 1, heads: 4}}",
             ),
             "dalle": ("fsq", "dalle-ucm", LONG, f"prior.text={BPE}"),
-            "muse": ("vqvae2", "muse-ucm", LONG),
+            "muse": ("vqvae2", "muse-ucm", STEPS),
         },
         classifier=("steps=800", "data.flip=true"),
         columns=BY_CAPTION,
