@@ -8,8 +8,8 @@ from latticode.autoencoders.residual import ResidualDecoder, ResidualEncoder
 
 
 def test_a_signal_survives_two_encoders_and_two_decoders() -> None:
-    """Those of VQ-VAE-2's upper level, one behind the other: nothing here normalises, so the first weights have to keep
-    its size, and no biases may drown it."""
+    """Those of VQ-VAE-2's upper level, one behind the other: nothing here normalises, so the first weights must not let
+    it die, nor biases drown it."""
     torch.manual_seed(0)
     sizes = {"latent": 64, "hidden": 32, "blocks": 2}
     networks = (
@@ -23,5 +23,5 @@ def test_a_signal_survives_two_encoders_and_two_decoders() -> None:
         for network in networks:
             x = network(x)
             varying = x.std((0, 2, 3)).square().mean().sqrt()  # from place to place, not from channel to channel
-            assert 0.1 < varying < 3
-            assert varying > 0.3 * x.square().mean().sqrt()
+            assert varying > 0.01
+            assert varying > 0.5 * x.square().mean().sqrt()
