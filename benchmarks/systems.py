@@ -94,7 +94,7 @@ GROUPS = {
             "vqvae-gradient": (
                 "vqvae-cifar10",
                 "tokenizer.quantizer.update=gradient",
-                "weights={mse: 1.0, codebook: 1.0, commitment: 0.25}",
+                "weights={mse: 4.0, codebook: 1.0, commitment: 0.25}",
             ),
             "vqvae-fsq": ("vqvae-cifar10", *quantizer(FSQ_9, MSE)),
             "vqvae2": ("vqvae2-cifar10",),
