@@ -16,7 +16,7 @@ from latticode.tokenizer import HierarchicalTokenizer
 
 SMALL = {"latent": 4, "width": 4, "multipliers": [1, 2, 2], "blocks": 1, "groups": 2}
 VIT = {"latent": 4, "patch": 4, "width": 8, "depth": 1, "heads": 2, "side": 4}
-RESIDUAL = {"latent": 4, "hidden": 3, "blocks": 1}
+RESIDUAL = {"latent": 8, "hidden": 6, "blocks": 1}
 CHILDREN = {"type": "hierarchical", "top": VQ_SPEC, "bottom": FSQ_SPEC | {"levels": [4, 3, 3]}, "fanout": 4}
 
 
@@ -31,9 +31,9 @@ def pair(kind: str, quantizer: dict[str, Any], channels: int = 3, outputs: int =
 
 def hierarchy(quantizers: list[dict[str, Any]]) -> dict[str, Any]:
     """Strides 2, 2, ..., quantizers coarsest first."""
-    top = pair("residual", quantizers[0], 3 if len(quantizers) == 1 else 4, stride=2, **RESIDUAL)
+    top = pair("residual", quantizers[0], 3 if len(quantizers) == 1 else RESIDUAL["latent"], stride=2, **RESIDUAL)
     for index, quantizer in enumerate(quantizers[1:], 2):
-        level = pair("residual", quantizer, 3 if index == len(quantizers) else 4, stride=2, **RESIDUAL)
+        level = pair("residual", quantizer, 3 if index == len(quantizers) else RESIDUAL["latent"], stride=2, **RESIDUAL)
         top = {**level, "type": "hierarchical_tokenizer", "top": top}
     return top
 
@@ -270,7 +270,7 @@ def test_losses_of_levels_are_told_apart() -> None:
 def test_hierarchies_that_do_not_fit_are_refused() -> None:
     spec = hierarchy([FSQ_SPEC, FSQ_SPEC])
     spec["top"]["encoder"]["in_channels"] = 3
-    with pytest.raises(ValueError, match="top must take the encoder's 4 channels on 2 axes, got a tokenizer of 3"):
+    with pytest.raises(ValueError, match="top must take the encoder's 8 channels on 2 axes, got a tokenizer of 3"):
         build(spec)
     spec = hierarchy([FSQ_SPEC, FSQ_SPEC])
     spec["top"] |= {"pixels": {"type": "logit_laplace"}}

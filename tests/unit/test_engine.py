@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from helpers import FSQ_SPEC, QUIET, TINY, VQ_SPEC, tiny_config, tiny_tokenizer, tokenizer_spec
 from latticode import load
-from latticode.engine import ConfigError, TrainingError, load_config, train
+from latticode.engine import ConfigError, TrainingError, load_config, loop, train
 from latticode.engine.checkpoint import STATE
 from latticode.engine.config import OptimizerConfig, complete
 from latticode.engine.loop import learning_rate
@@ -293,3 +293,17 @@ def test_what_data_determine_reaches_the_parts_of_a_list() -> None:
     )
     filled = complete(config, classes=0).objective["adversarial"]["critic"]["critics"]
     assert [critic["channels"] for critic in filled] == [2, 1]  # what a recipe says, stands
+
+
+def test_a_signal_in_the_middle_of_an_agreement_is_not_lost(monkeypatch) -> None:
+    def agree(tensors):  # the signal comes when the others have been told already that there is none
+        os.kill(os.getpid(), signal.SIGTERM)
+        return tensors
+
+    monkeypatch.setattr(loop.distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(loop.distributed, "all_sum", agree)
+    with loop.Interrupt(torch.device("cpu")) as interrupt:
+        assert not interrupt.on_any_rank()
+        assert not interrupt.raised
+        assert interrupt.on_any_rank()
+        assert interrupt.raised

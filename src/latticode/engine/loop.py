@@ -103,13 +103,16 @@ class Average:
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag, so that a step is finished and saved before the run ends."""
+    """Turns Ctrl-C and SIGTERM into a flag, so that a step is finished and saved before the run ends.
+
+    `raised` is what all ranks agreed on last; a signal that comes later is kept for the next time.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def __enter__(self) -> Interrupt:
-        self.raised = False
+        self.raised = self._told = False
         self._previous: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
@@ -119,13 +122,15 @@ class Interrupt:
         return self
 
     def _set(self, *_: Any) -> None:
-        self.raised = True
+        self._told = True
 
     def on_any_rank(self) -> bool:
         """Whether any rank was told to stop: ranks that left at different steps would wait for each other for ever."""
+        told = self._told
         if distributed.is_distributed():
-            self.raised = bool(distributed.all_sum([torch.tensor(float(self.raised), device=self.device)])[0])
-        return self.raised
+            told = bool(distributed.all_sum([torch.tensor(float(told), device=self.device)])[0])
+        self.raised = told
+        return told
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
