@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from systems import finish, line
+from systems import Data, Out, finish, line
 from torch import Tensor
 
 from latticode import runs
@@ -77,8 +77,6 @@ WAYS = ("ceiling", "predicted", "floor")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Name = Annotated[str, typer.Argument(metavar="TASK", help=f"One of {', '.join(TASKS)}.")]
-Data = Annotated[Path, typer.Option(help="Folder of the data sets.")]
-Out = Annotated[Path, typer.Option(help="Folder of the runs.")]
 
 
 @app.command()

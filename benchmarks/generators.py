@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from systems import finish, line
+from systems import Data, Out, finish, line
 from torch import Tensor, nn
 
 from latticode import runs
@@ -164,8 +164,6 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Name = Annotated[str, typer.Argument(metavar="GROUP", help=f"One of {', '.join(GROUPS)}.")]
-Data = Annotated[Path, typer.Option(help="Folder of the data sets.")]
-Out = Annotated[Path, typer.Option(help="Folder of the runs.")]
 
 
 @app.command()

@@ -40,12 +40,10 @@ def compare(paths: Sequence[Path]) -> list[Comparable]:
     for name, path in zip(_names(paths), paths, strict=True):
         result = _read(path)
         protocol = {key: value for key, value in flat(result["protocol"]) if key not in OWN}
-        for group in groups:
-            if not differences(group.protocol, protocol):
-                break
-        else:
-            differs = differences(groups[0].protocol, protocol) if groups else ""
-            groups.append(group := Comparable(protocol, differs))
+        group = next((group for group in groups if group.protocol == protocol), None)
+        if group is None:
+            group = Comparable(protocol, differences(groups[0].protocol, protocol) if groups else "")
+            groups.append(group)
         group.results[name] = result
     return groups
 

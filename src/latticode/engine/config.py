@@ -191,11 +191,9 @@ class RunConfig(_Section):
 
     def on(self, source: str | None) -> RunConfig:
         """The same run on the data of another source; None: on its own."""
-        return (
-            self
-            if source is None
-            else self.model_copy(update={"data": self.data.model_copy(update={"source": source})})
-        )
+        if source is None:
+            return self
+        return self.model_copy(update={"data": self.data.model_copy(update={"source": source})})
 
     @property
     def kind(self) -> str:
