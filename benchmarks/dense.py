@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from latticode import runs
 from latticode.engine.feed import open_loader
 from latticode.evaluate.dense import GREEDY
 from latticode.pictures import grid_image, save_png
+from latticode.types import Sampling
 
 SHOWN = 8  # held-out examples in the picture
 Result = dict[str, Any]
@@ -40,7 +42,7 @@ class Task:
     source: str
     loss: str  # the weights of the task's own losses
     metrics: dict[str, tuple[str, int]]
-    steps: tuple[int, int]  # of the two stages
+    sampling: Sampling = GREEDY  # of stage II's codes: the likeliest colours are grey
     features: bool = False  # whether a classifier is trained on the photographs, to look at colours
 
 
@@ -60,16 +62,13 @@ TASKS = {
         "rgbd",
         "depth: 1.0",
         {"RMSE, m": ("rmse", 3), "absRel": ("abs_rel", 3), "delta < 1.25": ("delta1", 3)},
-        (600, 600),
     ),
-    "camvid": Task(
-        "camvid", "semantic: 1.0, instance: 1.0", {"PQ": ("pq", 3), "SQ": ("sq", 3), "RQ": ("rq", 3)}, (600, 600)
-    ),
+    "camvid": Task("camvid", "semantic: 1.0, instance: 1.0", {"PQ": ("pq", 3), "SQ": ("sq", 3), "RQ": ("rq", 3)}),
     "colour": Task(
         "scenes64",
         "mse: 1.0",
         {"FID": ("fid_classifier", 2), "PSNR": ("psnr", 2), "colourfulness": ("colourfulness", 1)},
-        (600, 600),
+        sampling=Sampling(top_p=0.95),
         features=True,
     ),
 }
@@ -101,7 +100,7 @@ def train(
         for stage, run in enumerate(stages(out / name, row, seed)):
             own = (f"tokenizer={stages(out / name, row, seed)[0]}",) if stage else (source, *overrides)
             recipe = f"uvim-{name}-small" + ("-guide" if stage else "")
-            finish(run, recipe, *own, f"seed={seed}", f"steps={task.steps[stage]}")
+            finish(run, recipe, *own, f"seed={seed}")
             score(run, task)
 
 
@@ -116,7 +115,7 @@ def score(run: Path, task: Task) -> Result:
     if kept.is_file():
         return json.loads(kept.read_text())
     features = str(run.parent / "classifier") if task.features else None
-    return runs.evaluate(run, features=features, console=Console(stderr=True))
+    return runs.evaluate(run, features=features, sampling=task.sampling, console=Console(stderr=True))
 
 
 @app.command()
@@ -128,8 +127,10 @@ def table(name: Name, out: Out = Path("runs/dense")) -> None:
     print(line("", "seeds", *columns) + "\n" + line(*["---"] * (2 + len(columns))))
     for row, found in results.items():
         print(line(row, str(len(found)), *(spread(found, *column) for column in columns.values())))
-    pictures = [example(stages(folder, row, 0)[-1], labelled=row == next(iter(results))) for row in results]
-    save_png(out / f"{name}.png", grid_image(np.concatenate(pictures), SHOWN))
+    pictures = [
+        example(stages(folder, row, 0)[-1], task.sampling, labelled=row == next(iter(results))) for row in results
+    ]
+    save_png(out / f"{name}.png", grid_image(np.concatenate(pictures).repeat(2, 2).repeat(2, 3), SHOWN))
 
 
 def finished(folder: Path, row: str, task: Task) -> Iterator[Result]:
@@ -154,14 +155,18 @@ COLUMNS: dict[str, Column] = {
 
 def columns_of(task: Task) -> dict[str, Column]:
     """The first metric by every way to a code, the others by the predicted one, or none where nothing predicts it."""
-    main, *others = task.metrics.items()
-    title, (key, decimals) = main
-    found: dict[str, Column] = {
-        f"{title}, {way}": (lambda r, way=way: r["scores"][key].get(way), decimals) for way in WAYS
-    }
-    for title, (key, decimals) in others:
-        found[title] = (lambda r, key=key: r["scores"][key].get("predicted", r["scores"][key]["floor"]), decimals)
+    found: dict[str, Column] = {}
+    for number, (title, (key, decimals)) in enumerate(task.metrics.items()):
+        if number:
+            found[title] = (partial(score_of, key=key, ways=("predicted", "floor")), decimals)
+        else:
+            found |= {f"{title}, {way}": (partial(score_of, key=key, ways=(way,)), decimals) for way in WAYS}
     return found
+
+
+def score_of(result: Result, key: str, ways: Sequence[str]) -> float | None:
+    """The score by the first of the `ways` to a code that there is."""
+    return next((result["scores"][key][way] for way in ways if way in result["scores"][key]), None)
 
 
 def spread(results: list[Result], of: Callable[[Result], float | None], decimals: int) -> str:
@@ -173,19 +178,20 @@ def spread(results: list[Result], of: Callable[[Result], float | None], decimals
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
-def example(run: Path, *, labelled: bool) -> np.ndarray:
-    """Predictions for the first held-out examples, (SHOWN, 3, H, W) uint8; `labelled`: after photographs and labels."""
+def example(run: Path, sampling: Sampling, *, labelled: bool) -> np.ndarray:
+    """Predictions for SHOWN held-out examples, (SHOWN, 3, H, W) uint8; `labelled`: after photographs and labels."""
     config, model = runs.open_model(run, "prior" if (run / "tokenizer").is_dir() else "tokenizer")
     uvim = runs.load_model(run / "tokenizer") if config.kind == "prior" else model
     parts: list[Tensor] = []
     with torch.inference_mode():
-        inputs = next(iter(open_loader(config, "test", batch_size=SHOWN).epoch())).inputs
+        inputs = torch.cat([batch.inputs for batch in open_loader(config, "test", batch_size=SHOWN).epoch()])
+        inputs = inputs[:: len(inputs) // SHOWN][:SHOWN]
         image, task = uvim.image(inputs), uvim.task
         if labelled:
             parts += [inputs[:, :3].byte(), task.picture(truth(task, inputs, image))]
         codes = None
         if config.kind == "prior":
-            codes = model.sample(len(inputs), model.condition(images=image), sampling=GREEDY)
+            codes = model.sample(len(inputs), model.condition(images=image), sampling=sampling)
         parts.append(task.picture(task.predict(uvim.solve(image, codes), image)))
     return torch.cat(parts).numpy()
 

@@ -20,11 +20,11 @@ from latticode.engine.config import RunConfig, read_run
 from latticode.engine.feed import open_loader
 from latticode.engine.finetune import trained_objective
 from latticode.engine.progress import progress
-from latticode.evaluate import evaluate_classifier, evaluate_dense, evaluate_prior, evaluate_tokenizer
+from latticode.evaluate import Reference, evaluate_classifier, evaluate_dense, evaluate_prior, evaluate_tokenizer
 from latticode.evaluate.dense import GREEDY
 from latticode.files import write_text
 from latticode.losses.perceptual import LPIPS, FeatureDistance
-from latticode.metrics.features import feature_network
+from latticode.metrics.features import FeatureNetwork, feature_network
 from latticode.objectives import PriorClassificationObjective
 from latticode.pretrained import load_model
 from latticode.priors.base import Prior
@@ -142,6 +142,7 @@ def evaluate(
     limit: int | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
+    references: dict[str, Reference] | None = None,
     device: str = "auto",
     console: Console,
 ) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def evaluate(
 
     `own_size` and `tile` as for encoding and `perceptual`, "lpips" or the folder of a classifier's run, are for
     tokenizers. Runs of dense tasks, of either stage, are scored as `evaluate_dense` says; the codes of stage II are the
-    likeliest unless `sampling` is not the default. Raises ValueError for what does not fit the run.
+    likeliest unless `sampling` is not the default. Calls that share `references` look at a training set only once, and
+    do not notice that it changes. Raises ValueError for what does not fit the run.
     """
     config = read_run(run).on(source)
     if config.kind != "tokenizer" and (own_size or perceptual):
@@ -199,7 +201,7 @@ def evaluate(
                 coder,
                 loader,
                 features=network,
-                reference=open_loader(config, "train", batch_size=64) if network else None,
+                reference=_reference(config, network, {} if references is None else references) if network else None,
                 classifier=open_model(classifier, "classifier", device)[1] if classifier else None,
                 samples=samples,
                 sampling=sampling,
@@ -209,6 +211,13 @@ def evaluate(
             )
     write_text(run / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
+
+
+def _reference(config: RunConfig, network: FeatureNetwork, known: dict[str, Reference]) -> Reference:
+    key = f"{network.weights} {config.data.model_dump_json()}"
+    if key not in known:
+        known[key] = Reference(open_loader(config, "train", batch_size=64))
+    return known[key]
 
 
 @contextmanager

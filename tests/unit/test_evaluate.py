@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from latticode.data.loading import Loader
 from latticode.data.records import ArraySource
 from latticode.data.transforms import Preprocess
-from latticode.evaluate import evaluate_classifier, evaluate_prior, evaluate_tokenizer
+from latticode.evaluate import Reference, evaluate_classifier, evaluate_prior, evaluate_tokenizer
+from latticode.evaluate.common import Report
 from latticode.losses.perceptual import Perceptual
 from latticode.metrics import Classifier, FeatureNetwork
 from latticode.metrics.pixels import CAP
@@ -244,7 +245,7 @@ def test_prior_numbers(network: FeatureNetwork) -> None:
             seed=7,
             samples=40,
             features=network,
-            reference=train,
+            reference=Reference(train),
             classifier=FakeClassifier(),
             batch_size=16,
             progress=lambda *x: seen.append(x),
@@ -281,7 +282,7 @@ def test_samples_do_not_depend_on_the_batch_size(network: FeatureNetwork) -> Non
             sampling=Sampling(),
             samples=30,
             features=network,
-            reference=train,
+            reference=Reference(train),
             batch_size=size,
         )
         for size in (7, 30)
@@ -290,10 +291,32 @@ def test_samples_do_not_depend_on_the_batch_size(network: FeatureNetwork) -> Non
     assert results[0]["precision_fake"] == results[1]["precision_fake"]
 
 
+def test_a_reference_is_looked_at_once_and_by_one_network(network: FeatureNetwork) -> None:
+    train, results = GreyLoader(range(256)), []
+    reference = Reference(train)
+    for _ in range(2):
+        seen: list[tuple[int, int]] = []
+        options: dict[str, Any] = {"samples": 8, "features": network, "progress": lambda *x, seen=seen: seen.append(x)}
+        prior, tokenizer, test = FakePrior(), FakeTokenizer(), GreyLoader(range(16))
+        results.append(evaluate_prior(prior, tokenizer, test, sampling=Sampling(), reference=reference, **options))
+        assert seen[-1] == (16 + 256 * (len(results) == 1) + 8,) * 2
+    first, second = ({k: v for k, v in r.items() if k != "samples_per_second"} for r in results)
+    assert first == second
+    other = FeatureNetwork("other", Classifier(CLASSES))
+    with pytest.raises(ValueError, match="another network than 'other'"):
+        reference.look(other, Report(None, 0))
+
+
 def test_a_set_measured_against_itself_is_perfect(network: FeatureNetwork) -> None:
     data = GreyLoader(range(256))
     result = evaluate_prior(
-        FakePrior(), FakeTokenizer(), data, sampling=Sampling(), samples=256, features=network, reference=data
+        FakePrior(),
+        FakeTokenizer(),
+        data,
+        sampling=Sampling(),
+        samples=256,
+        features=network,
+        reference=Reference(data),
     )
     assert result["fid_fake_real"] == pytest.approx(0, abs=1e-9)
     assert (result["precision_fake_real"], result["recall_fake_real"]) == (1, 1)
@@ -324,7 +347,7 @@ def test_options_that_do_not_fit_are_refused(network: FeatureNetwork) -> None:
     with pytest.raises(ValueError, match="needs a reference"):
         evaluate(features=network)
     with pytest.raises(ValueError, match="samples must be >= 4"):
-        evaluate(features=network, reference=data, samples=3)
+        evaluate(features=network, reference=Reference(data), samples=3)
     with pytest.raises(ValueError, match="batch_size"):
         evaluate(batch_size=0)
     with pytest.raises(ValueError, match="3 classes and the prior 4"):

@@ -36,6 +36,33 @@ NEIGHBOURS = 3  # k of precision and recall
 REFERENCE = 10_000  # images at most of the reference set of precision and recall, as in ADM's evaluation suite
 
 
+class Reference:
+    """The training images, which samples are measured against. Evaluations that share one look at them only once.
+
+    It does not notice that images change.
+    """
+
+    def __init__(self, loader: Loader):
+        self.loader, self.statistics, self.sample = loader, FeatureStatistics(), FeatureSample(REFERENCE)
+        self.weights = ""  # of the network that looked
+
+    @property
+    def left(self) -> int:
+        """How many images there are still to look at."""
+        return 0 if self.weights else count_of(self.loader)
+
+    def look(self, features: FeatureNetwork, report: Report) -> None:
+        """Take the features, if that is not done yet. Raises ValueError if another network's were taken."""
+        if self.weights not in ("", features.weights):
+            raise ValueError(f"the reference holds features of another network than {features.name!r}")
+        if not self.weights:
+            for batch in batches_of(self.loader, None, report):
+                rows = features_of(features, batch.inputs)
+                self.statistics.update(rows)
+                self.sample.update(rows)
+            self.weights = features.weights
+
+
 def evaluate_prior(
     prior: Prior,
     tokenizer: Tokenizer,
@@ -45,7 +72,7 @@ def evaluate_prior(
     seed: int = 0,
     samples: int = 1000,
     features: FeatureNetwork | None = None,
-    reference: Loader | None = None,
+    reference: Reference | None = None,
     classifier: Classifier | None = None,
     label_of: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 100,
@@ -62,7 +89,7 @@ def evaluate_prior(
         samples: how many to draw, their labels balanced over the classes; `seed` fixes them for any `batch_size`. A
             prior that reads text is asked for the captions of the held-out images, and judged by those images' labels.
         features: names the keys `fid_<name>`, `precision_<name>`, `recall_<name>`; needs `reference`.
-        reference: a loader of the training set. The held-out images are measured against it like the samples, by as
+        reference: of the training set. The held-out images are measured against it like the samples, by as
             many of them as there are samples if there are, because the number of images biases these numbers.
         classifier: judges whether a sample shows the label asked for. Better not the network behind `features`.
         label_of: codes to logits of their labels, of a prior that was fine-tuned to classify; gives the key `accuracy`.
@@ -77,12 +104,11 @@ def evaluate_prior(
     """
     classes, device, uniform = int(prior.classes), device_of(tokenizer), tokenizer.bits
     _check(samples, batch_size, classes, features, reference, classifier)
-    more = count_of(reference) if features is not None and reference is not None else 0
+    more = reference.left if features is not None and reference is not None else 0
     held_out = None if prior.text is None else HeldOut(prior, seed)
     more += count_of(loader, limit) if held_out else 0
     report = Report(progress, count_of(loader, limit) + more + samples)
     real, drawn = _Judge(features, classifier, samples), _Judge(features, classifier, samples)
-    training, training_sample = FeatureStatistics(), FeatureSample(REFERENCE)
     bits = seconds = duration = 0.0  # seconds that sampling took, seconds of what was held out
     tokens = area = count = right = labelled_images = 0
     size: tuple[int, ...] = ()
@@ -106,10 +132,7 @@ def evaluate_prior(
         if not count:
             raise ValueError("the loader of held-out images holds none")
         if features is not None and reference is not None:
-            for batch in batches_of(reference, None, report):
-                rows = features_of(features, batch.inputs)
-                training.update(rows)
-                training_sample.update(rows)
+            reference.look(features, report)
         for first in range(0, samples, batch_size):
             labels, texts = torch.arange(first, min(first + batch_size, samples)), ()
             if held_out:
@@ -136,17 +159,17 @@ def evaluate_prior(
     if held_out:
         labelled = "of the held-out images whose captions are asked for, in a random order"
     facts: dict[str, Any] = {}
-    if features is not None:
+    if features is not None and reference is not None:
         for suffix, judge in (("", drawn), ("_real", real)):
             rows = judge.sample.features
             statistics = FeatureStatistics()
             statistics.update(rows)
-            result[f"fid_{features.name}{suffix}"] = statistics.distance(training)
-            pair = precision_recall(training_sample.features, rows, NEIGHBOURS)
+            result[f"fid_{features.name}{suffix}"] = statistics.distance(reference.statistics)
+            pair = precision_recall(reference.sample.features, rows, NEIGHBOURS)
             result[f"precision_{features.name}{suffix}"], result[f"recall_{features.name}{suffix}"] = pair
-        facts = feature_protocol(features, training, "the training set") | {
+        facts = feature_protocol(features, reference.statistics, "the training set") | {
             "real_images": len(real.sample.features),
-            "precision_recall": f"k = {NEIGHBOURS}, {len(training_sample.features)} reference images",
+            "precision_recall": f"k = {NEIGHBOURS}, {len(reference.sample.features)} reference images",
         }
     if labelled_images:
         result["accuracy"] = right / labelled_images
@@ -181,7 +204,7 @@ def _check(
     batch_size: int,
     classes: int,
     features: FeatureNetwork | None,
-    reference: Loader | None,
+    reference: Reference | None,
     classifier: Classifier | None,
 ) -> None:
     least = NEIGHBOURS + 1 if features is not None else 1

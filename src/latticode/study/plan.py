@@ -18,8 +18,6 @@ from latticode.registry import build, nearest
 
 RECIPES = {"tokenizer": "study", "prior": "study-prior"}
 PRIOR_SHARE = 0.5  # of the budget
-ENTROPY = {"sample_entropy": 0.1, "diversity": 0.1}  # weights of the paper, and of MaskGIT
-LEARNED = {"codebook": 1.0, "commitment": 0.25}
 OWN = ("tokenizer.quantizer", "steps", "seed", "data.source")  # keys that the study sets
 LARGEST = 2**24
 
@@ -40,23 +38,27 @@ def _even_fsq(level: int, size: int) -> tuple[Spec, dict[str, float]]:
 def _vq(size: int) -> tuple[Spec, dict[str, float]]:
     """The FSQ paper's rival, which is MaskGIT's: learned by gradients, with the entropy losses, without restarts."""
     spec = {"type": "vq", "size": size, "dim": 8, "update": "gradient", "entropy": 0.01}
-    return {**spec, "kmeans": False, "restart": 0.0}, LEARNED | ENTROPY
+    return {**spec, "kmeans": False, "restart": 0.0}, {"codebook": 1.0, "commitment": 0.06, **_entropies(0.004)}
 
 
 def _vq_ema(size: int) -> tuple[Spec, dict[str, float]]:
-    return {"type": "vq", "size": size, "dim": 8, "update": "ema"}, {"commitment": 0.25}
+    return {"type": "vq", "size": size, "dim": 8, "update": "ema"}, {"commitment": 0.06}
 
 
 def _simvq(size: int) -> tuple[Spec, dict[str, float]]:
-    return {"type": "simvq", "size": size, "dim": 32}, LEARNED
+    return {"type": "simvq", "size": size, "dim": 32}, {"codebook": 1.0, "commitment": 0.25}
 
 
 def _lfq(size: int) -> tuple[Spec, dict[str, float]]:
-    return {"type": "lfq", "dim": _whole_bits("lfq", size)}, {"commitment": 0.25, **ENTROPY}
+    return {"type": "lfq", "dim": _whole_bits("lfq", size)}, {"commitment": 0.06, **_entropies(0.004)}
 
 
 def _bsq(size: int) -> tuple[Spec, dict[str, float]]:
-    return {"type": "bsq", "dim": _whole_bits("bsq", size)}, {"commitment": 0.0, **ENTROPY}
+    return {"type": "bsq", "dim": _whole_bits("bsq", size)}, {"commitment": 0.0, **_entropies(0.02)}
+
+
+def _entropies(weight: float) -> dict[str, float]:
+    return {"sample_entropy": weight, "diversity": weight}
 
 
 def _whole_bits(name: str, size: int) -> int:
@@ -65,7 +67,8 @@ def _whole_bits(name: str, size: int) -> int:
     return size.bit_length() - 1
 
 
-# name -> size -> spec of the quantizer, weights of its losses
+# name -> size -> spec of the quantizer, weights of its losses beside a squared error of weight 1 on pixels in [-1, 1]:
+# the best of those tried on CIFAR-10 at 256 codes (docs/results/study.md)
 QUANTIZERS: dict[str, Callable[[int], tuple[Spec, dict[str, float]]]] = {
     "fsq": _fsq,
     **{f"fsq-{level}": partial(_even_fsq, level) for level in range(2, 17)},

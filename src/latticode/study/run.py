@@ -19,6 +19,7 @@ from latticode import runs
 from latticode.engine import TrainingError, TrainingStoppedError, train
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import open_loader
+from latticode.evaluate import Reference
 from latticode.evaluate.common import count_of
 from latticode.files import write_text
 from latticode.report import cell
@@ -51,8 +52,9 @@ def study(
     if len(todo) < len(mine):
         console.print(f"{len(mine) - len(todo)} of {len(mine)} jobs are there already")
     began, spent = time.monotonic(), 0.0
+    references: dict[str, Reference] = {}
     for number, job in enumerate(todo, 1):
-        said = run_job(plan, job, folder)
+        said = run_job(plan, job, folder, references)
         spent += plan.estimate(job)
         left = (time.monotonic() - began) / spent * sum(plan.estimate(other) for other in todo[number:])
         console.print(f"{number}/{len(todo)} {job.name}: {said}; {_duration(left)} left", markup=False, soft_wrap=True)
@@ -61,8 +63,10 @@ def study(
     return write_study_page(folder, plan, rows)
 
 
-def run_job(plan: Plan, job: Job, folder: Path) -> str:
+def run_job(plan: Plan, job: Job, folder: Path, references: dict[str, Reference] | None = None) -> str:
     """Train and evaluate one job; returns its scores in words, or its error, which is recorded in its folder.
+
+    Jobs that share `references` look at the training images, which samples are measured against, only once.
 
     Raises TrainingStoppedError if it was interrupted.
     """
@@ -75,7 +79,7 @@ def run_job(plan: Plan, job: Job, folder: Path) -> str:
         if plan.prior:
             config = plan.prior_config(job, place)
             train(config, place / "prior", resume=True, console=QUIET)
-            scores |= _evaluate(plan, place / "prior", plan.limit)
+            scores |= _evaluate(plan, place / "prior", plan.limit, references)
     except TrainingStoppedError:
         raise
     except TrainingError as failure:
@@ -97,8 +101,11 @@ def _tokenizer(plan: Plan, job: Job, place: Path) -> dict[str, Any]:
     return _evaluate(plan, place, plan.limit)
 
 
-def _evaluate(plan: Plan, run: Path, limit: int | None) -> dict[str, Any]:
-    return runs.evaluate(run, features=plan.features, samples=plan.samples, limit=limit, console=QUIET)
+def _evaluate(
+    plan: Plan, run: Path, limit: int | None, references: dict[str, Reference] | None = None
+) -> dict[str, Any]:
+    shared: dict[str, Any] = {"references": references, "console": QUIET}
+    return runs.evaluate(run, features=plan.features, samples=plan.samples, limit=limit, **shared)
 
 
 def _settled(plan: Plan, folder: Path, shard: tuple[int, int], console: Console) -> Plan:
