@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two-level": {"type": "two_level", "vocab": [5, 7, 7, 7, 7], "grid": [2, 3], **TWO_LEVEL},
     "two-level-classes": {"type": "two_level", "vocab": [7] * 10, "grid": [2, 2], "classes": 3, **TWO_LEVEL},
     "guide": {**GUIDE, "vocab": [7], "grid": [4, 3]},
+    "guide-digits": {**GUIDE, "vocab": [6], "grid": [9], "digits": [2, 3], "inner_depth": 1},
     "guide-slots-in-turn": {**GUIDE, "vocab": [7, 7], "grid": [9], "inner_depth": 1, "shared": True},
     "dalle": {"type": "dalle", "vocab": [7], "grid": [4, 3], "text": TEXT, "kernel": 3, **SMALL, "depth": 3},
     "dalle-line": {"type": "dalle", "vocab": [5], "grid": [9], "text": TEXT, "kernel": 3, **SMALL},

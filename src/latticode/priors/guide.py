@@ -24,7 +24,7 @@ class Guide(GPT):
         grid: positions along each axis.
         encoder: images (B, 3, H, W) in [-1, 1] to (B, latent, h, w), any of the library, with the attributes
             `in_channels` and `latent`.
-        width, depth, heads, mlp, style, inner_depth, shared: of the decoder, as for `GPT`; the paper's and its
+        width, depth, heads, mlp, style, digits, inner_depth, shared: of the decoder, as for `GPT`; the paper's and its
             encoder's are ViT-L's, 1024, 24 and 16.
         dropout: on the embeddings of codes and on each branch; the paper had none.
         image_dropout: probability that training hides the image, for guidance and samples without one; 0: there has to
@@ -45,6 +45,7 @@ class Guide(GPT):
         dropout: float = 0.0,
         image_dropout: float = 0.0,
         style: str = "gpt",
+        digits: Sequence[int] | None = None,
         inner_depth: int = 0,
         shared: bool = False,
     ) -> None:
@@ -62,6 +63,7 @@ class Guide(GPT):
             dropout=dropout,
             label_dropout=image_dropout,
             style=style,
+            digits=digits,
             inner_depth=inner_depth,
             shared=shared,
         )
