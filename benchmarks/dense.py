@@ -52,10 +52,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     "fsq": (),
     "vq": (f"tokenizer.quantizer={{{VQ}, restart: 0.0}}", "weights={LOSS, commitment: 0.0}"),
     "vq-split": (f"tokenizer.quantizer={{{VQ}, upkeep: split}}", "weights={LOSS, commitment: 0.0}"),
+    "fsq-digits": (),
     "no-context": ("tokenizer.oracle_context=false", "tokenizer.base_context=false"),
     "no-dropout": ("tokenizer.dropout=none",),
     "no-oracle": (UNGUIDED,),
 }
+GUIDES = {"fsq-digits": ("fsq", "prior.digits=[7, 5, 5, 5, 5]", "prior.inner_depth=1")}  # whose stage I, and stage II
 ABLATIONS = ("no-context", "no-dropout", "no-oracle")  # of FSQ, one seed each
 TASKS = {
     "depth": Task(
@@ -96,9 +98,10 @@ def train(
     wanted = [row for row in ROWS if not only or row in only.split(",")]
     jobs = [(row, seed) for seed in range(seeds) for row in wanted if seed == 0 or row not in ABLATIONS]
     for row, seed in jobs[first::of]:
-        overrides = [part.replace("LOSS", task.loss) for part in ROWS[row]]
+        shared, *guide = GUIDES.get(row, (row,))
+        overrides = [part.replace("LOSS", task.loss) for part in ROWS[shared]]
         for stage, run in enumerate(stages(out / name, row, seed)):
-            own = (f"tokenizer={stages(out / name, row, seed)[0]}",) if stage else (source, *overrides)
+            own = (f"tokenizer={stages(out / name, row, seed)[0]}", *guide) if stage else (source, *overrides)
             recipe = f"uvim-{name}-small" + ("-guide" if stage else "")
             finish(run, recipe, *own, f"seed={seed}")
             score(run, task)
@@ -106,7 +109,7 @@ def train(
 
 def stages(folder: Path, row: str, seed: int) -> list[Path]:
     """The runs of a row: stage I, and stage II if there is a code to predict."""
-    first = folder / f"{row}-{seed}"
+    first = folder / f"{GUIDES.get(row, (row,))[0]}-{seed}"
     return [first] if UNGUIDED in ROWS[row] else [first, folder / f"{row}-{seed}-guide"]
 
 

@@ -232,7 +232,7 @@ def test_finished_jobs_are_skipped(copied, monkeypatch) -> None:
 def test_shards_part_the_jobs_and_merge(done, tmp_path, monkeypatch) -> None:
     ran = []
 
-    def run(plan, job, folder):
+    def run(plan, job, folder, references):
         ran.append(job)
         shutil.copytree(done / "jobs" / job.name, folder / "jobs" / job.name)
         return "copied"

@@ -43,8 +43,8 @@ class Reference:
     """
 
     def __init__(self, loader: Loader):
-        self.loader, self.statistics, self.sample = loader, FeatureStatistics(), FeatureSample(REFERENCE)
-        self.weights = ""  # of the network that looked
+        self.loader, self.weights = loader, ""  # of the network that looked
+        self.statistics, self.sample = FeatureStatistics(), FeatureSample(REFERENCE)
 
     @property
     def left(self) -> int:
@@ -56,6 +56,7 @@ class Reference:
         if self.weights not in ("", features.weights):
             raise ValueError(f"the reference holds features of another network than {features.name!r}")
         if not self.weights:
+            self.statistics, self.sample = FeatureStatistics(), FeatureSample(REFERENCE)  # a look may have failed
             for batch in batches_of(self.loader, None, report):
                 rows = features_of(features, batch.inputs)
                 self.statistics.update(rows)
