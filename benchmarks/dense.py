@@ -26,6 +26,7 @@ from systems import Data, Out, finish, line
 from torch import Tensor
 
 from latticode import runs
+from latticode.engine.config import read_run
 from latticode.engine.feed import open_loader
 from latticode.evaluate.dense import GREEDY
 from latticode.pictures import grid_image, save_png
@@ -52,12 +53,13 @@ ROWS: dict[str, tuple[str, ...]] = {
     "fsq": (),
     "vq": (f"tokenizer.quantizer={{{VQ}, restart: 0.0}}", "weights={LOSS, commitment: 0.0}"),
     "vq-split": (f"tokenizer.quantizer={{{VQ}, upkeep: split}}", "weights={LOSS, commitment: 0.0}"),
-    "fsq-digits": (),
+    "fsq-digits": (),  # FSQ's stage I
     "no-context": ("tokenizer.oracle_context=false", "tokenizer.base_context=false"),
     "no-dropout": ("tokenizer.dropout=none",),
     "no-oracle": (UNGUIDED,),
 }
-GUIDES = {"fsq-digits": ("fsq", "prior.digits=[7, 5, 5, 5, 5]", "prior.inner_depth=1")}  # whose stage I, and stage II
+GUIDES = {"fsq-digits": ("prior.digits=[7, 5, 5, 5, 5]", "prior.inner_depth=1")}  # of stage II
+FIRST = {"fsq-digits": "fsq"}  # rows that have the stage I of another
 ABLATIONS = ("no-context", "no-dropout", "no-oracle")  # of FSQ, one seed each
 TASKS = {
     "depth": Task(
@@ -98,10 +100,10 @@ def train(
     wanted = [row for row in ROWS if not only or row in only.split(",")]
     jobs = [(row, seed) for seed in range(seeds) for row in wanted if seed == 0 or row not in ABLATIONS]
     for row, seed in jobs[first::of]:
-        shared, *guide = GUIDES.get(row, (row,))
-        overrides = [part.replace("LOSS", task.loss) for part in ROWS[shared]]
-        for stage, run in enumerate(stages(out / name, row, seed)):
-            own = (f"tokenizer={stages(out / name, row, seed)[0]}", *guide) if stage else (source, *overrides)
+        overrides = [part.replace("LOSS", task.loss) for part in ROWS[row]]
+        places = stages(out / name, row, seed)
+        for stage, run in enumerate(places):
+            own = (f"tokenizer={places[0]}", *GUIDES.get(row, ())) if stage else (source, *overrides)
             recipe = f"uvim-{name}-small" + ("-guide" if stage else "")
             finish(run, recipe, *own, f"seed={seed}")
             score(run, task)
@@ -109,7 +111,7 @@ def train(
 
 def stages(folder: Path, row: str, seed: int) -> list[Path]:
     """The runs of a row: stage I, and stage II if there is a code to predict."""
-    first = folder / f"{GUIDES.get(row, (row,))[0]}-{seed}"
+    first = folder / f"{FIRST.get(row, row)}-{seed}"
     return [first] if UNGUIDED in ROWS[row] else [first, folder / f"{row}-{seed}-guide"]
 
 
@@ -130,9 +132,9 @@ def table(name: Name, out: Out = Path("runs/dense")) -> None:
     print(line("", "seeds", *columns) + "\n" + line(*["---"] * (2 + len(columns))))
     for row, found in results.items():
         print(line(row, str(len(found)), *(spread(found, *column) for column in columns.values())))
-    pictures = [
-        example(stages(folder, row, 0)[-1], task.sampling, labelled=row == next(iter(results))) for row in results
-    ]
+    last = [stages(folder, row, 0)[-1] for row in results]
+    inputs = examples(last[0])
+    pictures = [shown(run, inputs, task.sampling, labelled=run is last[0]) for run in last]
     save_png(out / f"{name}.png", grid_image(np.concatenate(pictures).repeat(2, 2).repeat(2, 3), SHOWN))
 
 
@@ -181,14 +183,19 @@ def spread(results: list[Result], of: Callable[[Result], float | None], decimals
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
-def example(run: Path, sampling: Sampling, *, labelled: bool) -> np.ndarray:
-    """Predictions for SHOWN held-out examples, (SHOWN, 3, H, W) uint8; `labelled`: after photographs and labels."""
+def examples(run: Path) -> Tensor:
+    """SHOWN held-out examples, from all over the set."""
+    loader = open_loader(read_run(run), "test", batch_size=SHOWN)
+    inputs = torch.cat([batch.inputs for batch in loader.epoch()])
+    return inputs[:: len(inputs) // SHOWN][:SHOWN]
+
+
+def shown(run: Path, inputs: Tensor, sampling: Sampling, *, labelled: bool) -> np.ndarray:
+    """Predictions for `inputs` of B examples, (B, 3, H, W) uint8; `labelled`: after their photographs and labels."""
     config, model = runs.open_model(run, "prior" if (run / "tokenizer").is_dir() else "tokenizer")
     uvim = runs.load_model(run / "tokenizer") if config.kind == "prior" else model
     parts: list[Tensor] = []
     with torch.inference_mode():
-        inputs = torch.cat([batch.inputs for batch in open_loader(config, "test", batch_size=SHOWN).epoch()])
-        inputs = inputs[:: len(inputs) // SHOWN][:SHOWN]
         image, task = uvim.image(inputs), uvim.task
         if labelled:
             parts += [inputs[:, :3].byte(), task.picture(truth(task, inputs, image))]

@@ -42,9 +42,11 @@ class Reference:
     It does not notice that images change.
     """
 
+    statistics: FeatureStatistics
+    sample: FeatureSample
+
     def __init__(self, loader: Loader):
         self.loader, self.weights = loader, ""  # of the network that looked
-        self.statistics, self.sample = FeatureStatistics(), FeatureSample(REFERENCE)
 
     @property
     def left(self) -> int:
@@ -56,12 +58,12 @@ class Reference:
         if self.weights not in ("", features.weights):
             raise ValueError(f"the reference holds features of another network than {features.name!r}")
         if not self.weights:
-            self.statistics, self.sample = FeatureStatistics(), FeatureSample(REFERENCE)  # a look may have failed
+            statistics, sample = FeatureStatistics(), FeatureSample(REFERENCE)
             for batch in batches_of(self.loader, None, report):
                 rows = features_of(features, batch.inputs)
-                self.statistics.update(rows)
-                self.sample.update(rows)
-            self.weights = features.weights
+                statistics.update(rows)
+                sample.update(rows)
+            self.statistics, self.sample, self.weights = statistics, sample, features.weights
 
 
 def evaluate_prior(
@@ -90,8 +92,8 @@ def evaluate_prior(
         samples: how many to draw, their labels balanced over the classes; `seed` fixes them for any `batch_size`. A
             prior that reads text is asked for the captions of the held-out images, and judged by those images' labels.
         features: names the keys `fid_<name>`, `precision_<name>`, `recall_<name>`; needs `reference`.
-        reference: of the training set. The held-out images are measured against it like the samples, by as
-            many of them as there are samples if there are, because the number of images biases these numbers.
+        reference: of the training set. The held-out images are measured against it like the samples, by as many of them
+            as there are samples if there are, because the number of images biases these numbers.
         classifier: judges whether a sample shows the label asked for. Better not the network behind `features`.
         label_of: codes to logits of their labels, of a prior that was fine-tuned to classify; gives the key `accuracy`.
         limit: stop after this many held-out images.
@@ -212,7 +214,7 @@ def _check(
     if samples < least or batch_size < 1:
         raise ValueError(f"samples must be >= {least} and batch_size >= 1, got {samples} and {batch_size}")
     if features is not None and reference is None:
-        raise ValueError(f"FID under {features.name!r} needs a reference: a loader of the training set")
+        raise ValueError(f"FID under {features.name!r} needs a reference: that of the training set")
     if classifier is not None and classes and classifier.classes != classes:
         raise ValueError(f"the classifier knows {classifier.classes} classes and the prior {classes}")
 

@@ -68,7 +68,7 @@ def _whole_bits(name: str, size: int) -> int:
 
 
 # name -> size -> spec of the quantizer, weights of its losses beside a squared error of weight 1 on pixels in [-1, 1]:
-# the best of those tried on CIFAR-10 at 256 codes (docs/log.md)
+# within 0.1 dB of the best of those tried on CIFAR-10 at 256 codes (docs/log.md)
 QUANTIZERS: dict[str, Callable[[int], tuple[Spec, dict[str, float]]]] = {
     "fsq": _fsq,
     **{f"fsq-{level}": partial(_even_fsq, level) for level in range(2, 17)},
