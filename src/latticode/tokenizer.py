@@ -37,14 +37,27 @@ class Tokenizer(Pretrained):
         quantizer: any of the library.
         decoder: has `out_channels`, `latent` and the same `stride`.
         pixels: what the decoder's output says of the pixels, e.g. `LogitLaplace`; None: it is the image itself.
+        gain: the quantizer is given so many times what `quant_conv` says, > 0. At the start a convolutional encoder's
+            latents are narrow beside the units of bounds and commitment losses; most quantizers reconstruct better
+            with 4 (docs/results/study.md). For an FSQ it is a steeper bound.
 
     `encode` and `forward` raise ValueError for another number of channels or axes, an axis without samples, another
     type than floats and, in eval mode, values that are not finite (in training the loss shows them; looking would make
     a GPU wait at every step).
     """
 
-    def __init__(self, encoder: nn.Module, quantizer: Quantizer, decoder: nn.Module, pixels: nn.Module | None = None):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        quantizer: Quantizer,
+        decoder: nn.Module,
+        pixels: nn.Module | None = None,
+        gain: float = 1.0,
+    ):
         super().__init__()
+        if not 0 < gain < math.inf:
+            raise ValueError(f"gain must be > 0, got {gain}")
+        self.gain = gain
         self.encoder, self.quantizer, self.decoder, self.pixels = encoder, quantizer, decoder, pixels
         self.axes = int(getattr(encoder, "axes", 2))
         self.leads = (int(getattr(encoder, "lead", 0)), *[0] * (self.axes - 1))
@@ -97,8 +110,8 @@ class Tokenizer(Pretrained):
             name = type(self.quantizer).__name__
             raise ValueError(f"codes are drawn by their distance from those of vq, simvq or residual, not of {name}")
         with torch.no_grad():
-            latents = self.quant_conv(self.encoder(self._padded(images)))
-        return self.quantizer.soften(latents.movedim(1, -1), temperature)
+            latents = self._latents(self.encoder(self._padded(images)))
+        return self.quantizer.soften(latents, temperature)
 
     def decode(self, codes: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Images (B, C, *(grid * stride)) of `codes` (B, *grid, K), cropped to `size` if given."""
@@ -121,15 +134,21 @@ class Tokenizer(Pretrained):
         (codes,) = levels
         return codes
 
+    def _latents(self, features: Tensor) -> Tensor:
+        """What is to be quantized, (B, *grid, D)."""
+        latents = self.quant_conv(features)
+        latents = latents if self.gain == 1 else self.gain * latents
+        return latents.movedim(1, -1)  # a view under channels_last
+
     def _encode(self, x: Tensor) -> Tensor:
-        return self.quantizer.encode(self.quant_conv(self.encoder(x)).movedim(1, -1))  # a view under channels_last
+        return self.quantizer.encode(self._latents(self.encoder(x)))
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self._generate(self.quantizer.decode(codes))
 
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         """The decoder's output, the codes and the quantizer's losses of padded `x`."""
-        quantized: Quantized = self.quantizer(self.quant_conv(self.encoder(x)).movedim(1, -1))
+        quantized: Quantized = self.quantizer(self._latents(self.encoder(x)))
         return self._generate(quantized.latents), quantized.codes, quantized.losses
 
     def _generate(self, latents: Tensor, *given: Tensor) -> Tensor:
@@ -170,7 +189,7 @@ class HierarchicalTokenizer(Tokenizer):
     K = 1 + r^2; three grids of r = 2 each: 1 + 4 + 16. `levels` unpacks. The losses of `top` are called top_<name>.
 
     Args:
-        encoder, quantizer, decoder, pixels: of the finest level, as for `Tokenizer`; `lead` must be 0.
+        encoder, quantizer, decoder, pixels, gain: of the finest level, as for `Tokenizer`; `lead` must be 0.
         top: its `channels` are the encoder's `latent`; its decoder may have any `out_channels`. It has no `pixels`.
     """
 
@@ -181,8 +200,9 @@ class HierarchicalTokenizer(Tokenizer):
         decoder: nn.Module,
         top: Tokenizer,
         pixels: nn.Module | None = None,
+        gain: float = 1.0,
     ):
-        super().__init__(encoder, quantizer, decoder, pixels)
+        super().__init__(encoder, quantizer, decoder, pixels, gain)
         if top.channels != encoder.latent or top.axes != self.axes:
             raise ValueError(
                 f"top must take the encoder's {encoder.latent} channels on {self.axes} axes, "
@@ -222,7 +242,7 @@ class HierarchicalTokenizer(Tokenizer):
     def _encode(self, x: Tensor) -> Tensor:
         features = self.encoder(x)
         above = self.top._encode(features)
-        z = self.quant_conv(torch.cat([features, self.top._decode(above)], 1)).movedim(1, -1)
+        z = self._latents(torch.cat([features, self.top._decode(above)], 1))
         return self.pack([*self.top.levels(above), self.quantizer.encode(z)])
 
     def _decode(self, codes: Tensor) -> Tensor:
@@ -232,7 +252,7 @@ class HierarchicalTokenizer(Tokenizer):
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
         features = self.encoder(x)
         given, above, losses = self.top._reconstruct(features)
-        quantized: Quantized = self.quantizer(self.quant_conv(torch.cat([features, given], 1)).movedim(1, -1))
+        quantized: Quantized = self.quantizer(self._latents(torch.cat([features, given], 1)))
         codes = self.pack([*self.top.levels(above), quantized.codes])
         named = {f"top_{name}": loss for name, loss in losses.items()}
         return self._generate(quantized.latents, given), codes, {**quantized.losses, **named}

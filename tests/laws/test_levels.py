@@ -12,7 +12,7 @@ import torch
 from latticode.kernels.grid import BOUNDS
 from latticode.quantizers import levels as chooser
 from latticode.quantizers.fsq import FSQ
-from latticode.quantizers.levels import bin_probabilities, expected_entropy, expected_usage, recommend, search
+from latticode.quantizers.levels import bin_probabilities, expected_entropy, expected_usage, fine, recommend, search
 
 # fact sheet A.3: computed once by other code, to three digits
 PROBABILITIES = {
@@ -87,6 +87,22 @@ def test_small_targets(size):
     assert found.levels == ((5, 3) if size == 16 else (size,))
     assert (found.source == "below the rule") == (size < 5)
     assert found.bound == ("symmetric" if size == 2 else "paper")
+
+
+@pytest.mark.parametrize("target", [*range(4, 70), 100, 1000, 4096, 65536, 2.0**10.5, 2**24])
+def test_fine_levels_are_the_nearest_equal_ones(target):
+    def distance(levels):
+        return abs(math.log2(math.prod(levels) / target))
+
+    levels = fine(target)
+    channels = min(4, max(2, round(math.log2(target) / 3)))
+    equal = [(low + 1,) * more + (low,) * (channels - more) for low in range(2, 99) for more in range(channels)]
+    assert levels in equal
+    assert distance(levels) == min(map(distance, equal))
+
+
+def test_fine_levels_below_four_codes():
+    assert [fine(target) for target in (2, 3, 3.5)] == [(2,), (3,), (4,)]
 
 
 @pytest.mark.parametrize("bits", [5, 7, 10.5, 13, 15, 17, 20, 24.3, 32, 40, 48.8, 61.99, 62])

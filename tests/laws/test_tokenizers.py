@@ -213,6 +213,22 @@ def test_another_stride_is_refused() -> None:
         build(spec)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vq", "two-grids"])
+def test_gain_widens_what_is_quantized(name: str) -> None:
+    usual = prepared(CASES[name])
+    wide = build(CASES[name] | {"gain": 4.0}).eval()
+    wide.load_state_dict(
+        {key: value / (4.0 if key.startswith("quant_conv.") else 1.0) for key, value in usual.state_dict().items()}
+    )
+    x = images(usual)
+    assert torch.equal(wide.encode(x), usual.encode(x))  # a power of two rounds nothing
+    wide.load_state_dict(usual.state_dict())
+    assert not torch.equal(wide.encode(x), usual.encode(x))
+    with pytest.raises(ValueError, match="gain must be > 0, got 0"):
+        build(CASES[name] | {"gain": 0})
+
+
 def test_damaged_files_are_named(tmp_path) -> None:
     folder = build(tokenizer_spec()).save_pretrained(tmp_path)
     weights = folder / "model.safetensors"

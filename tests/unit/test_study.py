@@ -91,9 +91,11 @@ def test_even_levels_come_as_near_to_the_size_as_they_can() -> None:
         ("fsq-4", 256, [4] * 4),
         ("fsq-8", 4, [8]),
         ("fsq-8", 4096, [8] * 4),
+        ("fsq-clamp", 1024, [10] * 3),
     ):
         spec, weights = variant(name, size)
-        assert (spec["levels"], spec["bound"], weights) == (levels, "symmetric" if name == "fsq-2" else "paper", {})
+        bound = {"fsq-2": "symmetric", "fsq-clamp": "clamp"}.get(name, "paper")
+        assert (spec["levels"], spec["bound"], weights) == (levels, bound, {})
 
 
 def test_a_variant_changes_the_quantizer_and_its_weights() -> None:
