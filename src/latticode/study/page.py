@@ -48,25 +48,37 @@ def write_study_page(folder: Path, plan: Plan, rows: Sequence[Row]) -> Path:
 def _sections(folder: Path, plan: Plan, rows: Sequence[Row]) -> Iterator[Section]:
     if not rows:
         return
-    keys = columns_of(rows)
-    networked = {key: title for head, title in NETWORKS.items() for key in keys if key.startswith(head)}
+    networked = _networked(rows)
     spread = "Bars are one standard deviation over seeds." if plan.seeds > 1 else "One seed, so no spread is known."
-    measured = ["psnr", *networked, "usage", "entropy_bits", "compression_cost"]
-    known = {key: panel for key in measured if (panel := _panel(rows, key, "bits", networked))}
     text = f"Every job took {plan.steps:,} steps on the same images in the same order. {spread} Dashed: log2 |C|."
-    yield Section("Against the size of the codebook", text, list(known.values()))
-    fronts = [_panel(rows, "psnr", cost, networked) for cost in FRONTIERS]
+    by_size, by_cost = charts(rows)
+    yield Section("Against the size of the codebook", text, by_size)
     yield Section(
         "Against what is really spent",
         "PSNR against the entropy that the codes turn out to have"
         + (", and against the bits that a prior needs for them." if plan.prior else "."),
-        [panel for panel in fronts if panel],
+        by_cost,
     )
     yield Section("Numbers", "Mean ± standard deviation over seeds.", tables=[_table(rows, networked)])
     yield from _pictures(folder, plan, rows)
     costs = [_panel(rows, key, "bits", networked) for key in ("seconds", "prior_seconds", "peak_memory_mb")]
     text = "Wall-clock time of training alone, and the most memory of a job: on a CPU, of the whole process."
     yield Section("Time and memory", text, [panel for panel in costs if panel])
+
+
+def charts(rows: Sequence[Row]) -> tuple[list[Picture], list[Picture]]:
+    """What was measured against the size of the codebook, and PSNR against what it really costs."""
+    networked = _networked(rows)
+    measured = ["psnr", *networked, "usage", "entropy_bits", "compression_cost"]
+    by_size = [_panel(rows, key, "bits", networked) for key in measured]
+    by_cost = [_panel(rows, "psnr", cost, networked) for cost in FRONTIERS]
+    return [panel for panel in by_size if panel], [panel for panel in by_cost if panel]
+
+
+def _networked(rows: Sequence[Row]) -> dict[str, str]:
+    """Titles of the columns that a feature network gave."""
+    keys = columns_of(rows)
+    return {key: title for head, title in NETWORKS.items() for key in keys if key.startswith(head)}
 
 
 def _panel(rows: Sequence[Row], key: str, against: str, networked: dict[str, str]) -> Picture | None:
