@@ -30,7 +30,7 @@ def study(
             help="With commas; fsq-N has N levels in every channel, NAME+KEY=VALUE is NAME with a change, as "
             "fsq+bound=symmetric or vq-ema+gradient=rotation."
         ),
-    ] = "fsq,vq,vq-ema,simvq,lfq,bsq",
+    ] = "fsq,fsq-clamp,vq,vq-ema,simvq,lfq,bsq",
     budget: Annotated[str, typer.Option(help="Wall time of all jobs on this machine, as 90s, 30m, 1h30m.")] = "30m",
     steps: Annotated[int | None, typer.Option(min=1, help="Of every job, instead of a budget.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many of each quantizer and size.")] = 1,
@@ -114,6 +114,9 @@ def diagnose(
 def levels(
     bits: Annotated[float | None, typer.Option(help="Wanted bits per position.")] = None,
     size: Annotated[int | None, typer.Option(help="Wanted codebook size.")] = None,
+    bound: Annotated[
+        str, typer.Option(help="paper, symmetric, equal-bins, or clamp, which takes fewer channels; a run has its own.")
+    ] = "paper",
     run: Annotated[Path | None, typer.Option(help="An FSQ tokenizer's run, whose latents are the evidence.")] = None,
     source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help="For --run; default: its data.")] = None,
 ) -> None:
@@ -126,7 +129,7 @@ def levels(
         if run is None:
             raise ValueError(f"SOURCE {source} is for --run, which names the tokenizer that shall see it")
         return out.print(show_levels(recommended(run, source, size=size, bits=bits, console=err)))
-    found = recommend(size=size, bits=bits)
+    found = recommend(size=size, bits=bits, bound=bound)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in (
         ("levels", "[" + ", ".join(map(str, found.levels)) + "]"),

@@ -135,7 +135,7 @@ def _revive(part: Part, numbers: dict[str, Any]) -> list[str]:
     if isinstance(one, VQ | SimVQ) and one.dim > 8:
         change.append(part.change(dim=8))
     if isinstance(one, FSQ):
-        change.append(part.change(levels=list(recommend(size=enough).levels)))
+        change.append(part.change(levels=list(recommend(size=enough, bound=one.bound).levels)))
     elif isinstance(one, LFQ | BSQ):
         change += ["weights.diversity=0.5", part.change(dim=round(math.log2(enough)))]
     elif " slot " in part.name:  # a size that suits one use may be too small for another

@@ -101,7 +101,8 @@ def recommended(
     (part,) = found.parts.values()
     one: Any = part.quantizer
     own = math.prod(one.levels)
-    levels = list(recommend(size=own if size is None and bits is None else size, bits=bits).levels)
+    wanted = own if size is None and bits is None else size
+    levels = list(recommend(size=wanted, bits=bits, bound=one.bound).levels)
     if (size is None and bits is None) or math.prod(levels) == own:
         levels = list(one.levels)
     measured = levels if len(levels) == one.dim else list(one.levels)

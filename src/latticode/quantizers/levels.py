@@ -47,7 +47,7 @@ class Recommendation:
     bits: float  # log2(size)
     entropy: float  # bits of the index, at most `bits`
     usage: float  # expected fraction of the codes that `tokens` tokens hit at least once
-    source: str  # "paper's table", "search", or "below the rule" (targets under 5)
+    source: str  # "paper's table", "search", "below the rule" (targets under 5), or "few fine channels" (clamp)
     bound: str  # the bound that entropy and usage are for: the paper's leaves one of 2 levels nearly empty
     tokens: int
 
@@ -62,15 +62,15 @@ def recommend(
 ) -> Recommendation:
     """Levels whose product is near `size` or 2^`bits`: give exactly one of the two.
 
-    The paper's table where it has an entry, else `search`. Raises ValueError for both or neither target, for a target
-    below 2 codes or above 2^62, for an unknown bound, and for a slope or token count that is not positive.
+    The paper's table where it has an entry, else `search`; under the clamp bound `fine`. Raises ValueError for both or
+    neither target, for a target below 2 codes or above 2^62, for an unknown bound, and for a slope or token count that
+    is not positive.
     """
     target = _target(size, bits)
     if tokens < 1:
         raise ValueError(f"tokens must be >= 1, got {tokens}")
     _check_bound(bound, slope)
-    levels = TABLE[int(target)] if target in TABLE else search(target)
-    source = "paper's table" if target in TABLE else "search" if target >= LEAST else "below the rule"
+    levels, source = _chosen(target, bound)
     if bound == "paper" and min(levels) == 2:
         bound = "symmetric"
     product = math.prod(levels)
@@ -84,6 +84,15 @@ def recommend(
         bound=bound,
         tokens=tokens,
     )
+
+
+def _chosen(target: float, bound: str) -> tuple[tuple[int, ...], str]:
+    """Levels and where they are from."""
+    if bound == "clamp":
+        return fine(target), "few fine channels"
+    if target in TABLE:
+        return TABLE[int(target)], "paper's table"
+    return search(target), "search" if target >= LEAST else "below the rule"
 
 
 def _target(size: int | None, bits: float | None) -> float:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from latticode.engine.config import ConfigError, RunConfig, differences, load_config, override, read_recipe, validate
 from latticode.files import write_text
-from latticode.quantizers.levels import fine, recommend
+from latticode.quantizers.levels import recommend
 from latticode.registry import build, nearest
 
 RECIPES = {"tokenizer": "study", "prior": "study-prior"}
@@ -24,14 +24,9 @@ LARGEST = 2**24
 Spec = dict[str, Any]
 
 
-def _fsq(size: int) -> tuple[Spec, dict[str, float]]:
-    found = recommend(size=size)
+def _fsq(size: int, bound: str = "paper") -> tuple[Spec, dict[str, float]]:
+    found = recommend(size=size, bound=bound)
     return {"type": "fsq", "levels": list(found.levels), "bound": found.bound}, {}
-
-
-def _clamped_fsq(size: int) -> tuple[Spec, dict[str, float]]:
-    """Ours: a bound that is linear inside, few channels of many levels."""
-    return {"type": "fsq", "levels": list(fine(size)), "bound": "clamp"}, {}
 
 
 def _even_fsq(level: int, size: int) -> tuple[Spec, dict[str, float]]:
@@ -76,7 +71,7 @@ def _whole_bits(name: str, size: int) -> int:
 # within 0.1 dB of the best of those tried on CIFAR-10 at 256 codes (docs/log.md)
 QUANTIZERS: dict[str, Callable[[int], tuple[Spec, dict[str, float]]]] = {
     "fsq": _fsq,
-    "fsq-clamp": _clamped_fsq,
+    "fsq-clamp": partial(_fsq, bound="clamp"),
     **{f"fsq-{level}": partial(_even_fsq, level) for level in range(2, 17)},
     "vq": _vq,
     "vq-ema": _vq_ema,
