@@ -93,7 +93,7 @@ class Tiles(NamedTuple):
     lean: Tensor  # the position is scale s + offset, for s = sigmoid(rate z + lean) or the clamp of that
     scale: Tensor
     offset: Tensor
-    slope: Tensor  # of the latent: times s (1 - s), or where nothing is clamped
+    slope: Tensor  # of the latent: times s (1 - s), or where the clamp lets a gradient pass
 
 
 @functools.lru_cache(maxsize=256)
@@ -228,8 +228,8 @@ def _differentiate(sheet: Sheet, lattice: Lattice) -> None:
         product = out if out.dtype == torch.float32 else product
         above = above.float()
         if lattice.bound == "clamp":
-            torch.mul(part.float(), lattice.alpha, out=source)
-            torch.ops.aten.hardtanh_backward(above, source, -ABOVE_ONE, ABOVE_ONE, grad_input=product)
+            torch.mul(part.float(), lattice.alpha, out=source).mul_(torch.sign(above, out=product))
+            torch.ops.aten.threshold_backward(above, source, -ABOVE_ONE, grad_input=product)  # inside, or leads back
         else:
             torch.add(sheet.tiles.lean, part.float(), alpha=lattice.slope, out=source)
             _whole(buffers[0], part.numel()).sigmoid_()

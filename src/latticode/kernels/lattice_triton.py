@@ -145,6 +145,7 @@ def _differentiate(
     above = tl.load(gradient + places, mask=mask, other=0.0).to(tl.float32)
     moved = x * alpha + shift
     a = _activation(moved, CLAMP)
-    slope = (tl.abs(moved) <= 1.0).to(tl.float32) if CLAMP else 1.0 - a * a
+    passes = (tl.abs(moved) <= 1.0) | (above * moved > 0.0)  # inside, or leads back
+    slope = passes.to(tl.float32) if CLAMP else 1.0 - a * a
     product = tl.where(x == x, above * (slope * scale), 0.0)
     tl.store(out + places, product.to(out.dtype.element_ty), mask=mask)

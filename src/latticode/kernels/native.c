@@ -238,7 +238,8 @@ INSIDE void slopes(const float *restrict gradient, const float *restrict z, floa
   if (clamps)
     for (int64_t i = 0; i < m; i++) {
       float v = gradient[i] * c.slope[one ? 0 : i];
-      out[i] = fabsf(z[i] * alpha) <= 1.0f ? v : 0.0f; /* 0 also for a NaN */
+      int passes = (fabsf(z[i] * alpha) <= 1.0f) | (gradient[i] * z[i] > 0.0f); /* inside, or leads back; no NaN */
+      out[i] = passes ? v : 0.0f;
     }
   else
     for (int64_t i = 0; i < m; i++) {

@@ -67,10 +67,15 @@ def to_lattice(z: Tensor, lattice: Lattice, precise: torch.dtype = torch.float64
 
 
 def to_lattice_backward(gradient: Tensor, z: Tensor, lattice: Lattice, precise: torch.dtype = torch.float64) -> Tensor:
-    """The gradient for `z` (..., d) of that for its latents (..., d): times d value / d z, 0 where z is NaN."""
+    """The gradient for `z` (..., d) of that for its latents (..., d): times d value / d z, 0 where z is NaN.
+
+    Beyond the ends of the clamp that would be 0; a gradient that leads back, of the sign of z, passes there.
+    """
     c = lattice.channels(z.device)
-    a = lattice.activation(z, c, precise)
-    slope = (z.float() * lattice.alpha).abs() <= 1 if lattice.bound == "clamp" else 1 - a * a
+    if lattice.bound == "clamp":
+        slope = ((z.float() * lattice.alpha).abs() <= 1) | (gradient.float() * z.float() > 0)
+    else:
+        slope = 1 - lattice.activation(z, c, precise).square()
     product = gradient.float() * slope * (lattice.alpha * c.gain / c.width)
     return product.masked_fill(z.isnan(), 0.0).to(z.dtype)
 
@@ -109,6 +114,9 @@ def to_lattices(z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor
 
 
 def to_lattices_backward(gradient: Tensor, z: Tensor, lattice: Lattice, depth: int) -> Tensor:
-    """The gradient for `z` (..., d): that for its latents where a stage does not clamp, 1 - prod (1 - J_i), else 0."""
-    inside = z.float().abs() <= stages.limits(lattice, depth, z.device)
-    return torch.where(inside & z.isfinite().all(dim=-1, keepdim=True), gradient, 0.0)
+    """The gradient for `z` (..., d): that for its latents where a stage does not clamp or it leads back, else 0.
+
+    With J_i that of stage i it is 1 - prod (1 - J_i); where all stages clamp, they do so on the same side.
+    """
+    passes = (z.float().abs() <= stages.limits(lattice, depth, z.device)) | (gradient.float() * z.float() > 0)
+    return torch.where(passes & z.isfinite().all(dim=-1, keepdim=True), gradient, 0.0)

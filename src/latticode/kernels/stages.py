@@ -105,7 +105,7 @@ def to_lattices(z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor
 
 
 def to_lattices_backward(gradient: Tensor, z: Tensor, lattice: Lattice, depth: int) -> Tensor:
-    """The gradient for `z` (..., d) of that for its latents: the same where a stage does not clamp, else 0."""
+    """The gradient for `z` (..., d) of that for its latents: the same where a stage does not clamp or it leads back."""
     out = torch.empty(z.shape, dtype=z.dtype)
     tokens, above, below = (t.reshape(-1, z.shape[-1]).contiguous() for t in (z, gradient, out))
     repeat, whole = _rows(tokens)
@@ -113,12 +113,12 @@ def to_lattices_backward(gradient: Tensor, z: Tensor, lattice: Lattice, depth: i
     for start, stop, count in ((0, whole, repeat), (whole, len(tokens), len(tokens) - whole)):
         parts = zip(*(_blocks(t[start:stop], count) for t in (tokens, above, below)), strict=True)
         for part, given, target in parts:
-            inside = buffer[: part.numel()].view(part.shape)
-            torch.sub(_beyond(lattice, depth, count), torch.abs(part.float(), out=inside), out=inside)  # > 0 inside
+            left, given = buffer[: part.numel()].view(part.shape), given.float()
+            torch.sign(given, out=left).mul_(part.float()).add_(_beyond(lattice, depth, count))  # > 0: it may go there
             if target.dtype == torch.float32:
-                torch.ops.aten.threshold_backward(given, inside, 0, grad_input=target)
+                torch.ops.aten.threshold_backward(given, left, 0, grad_input=target)
             else:
-                target.copy_(torch.ops.aten.threshold_backward(given.float(), inside, 0))
+                target.copy_(torch.ops.aten.threshold_backward(given, left, 0))
     if tokens.numel() and not math.isfinite(tokens.sum().item()):
         below[~tokens.isfinite().all(dim=1)] = 0
     return out

@@ -26,8 +26,9 @@ class FSQ(Quantizer):
       moves edges by less than 5e-4 for L >= 4. For L = 2, where atanh has no value, 94 % of N(0, 1) fall in one bin.
     - `symmetric` (arXiv 2411.19842): round((L-1)(a+1)/2) on the grid -1 .. 1; the end bins are half as wide in a.
     - `equal-bins`: round(L (a+1)/2 - 1/2) on the same grid; all bins are equally wide in a.
-    - `clamp`: `symmetric` with a = clamp(slope z / 2, -1, 1), for latents that are bounded already, as those of a
-      residual stage are: values of the grid stay what they are.
+    - `clamp`: `symmetric` with a = clamp(slope z / 2, -1, 1): values of the grid stay what they are, as a residual stage
+      needs it. Beyond the ends a gradient passes only where it leads back, so that no channel can stay there for good.
+      With few channels of many levels (`levels.fine`) it reconstructs best (docs/results/study.md).
 
     Args:
         levels: number of levels of each channel, every one >= 2.
@@ -109,15 +110,19 @@ class FSQ(Quantizer):
 
     def _estimated(self, z: Tensor, latents: Tensor) -> Tensor:
         finite = latents.isfinite().all(-1, keepdim=True)
-        bounded = self.bounded(z.where(finite, 0.0))
+        bounded = self._soft(z.where(finite, 0.0), latents.where(finite, 0.0))
         return latents.where(~finite, ESTIMATORS[self.gradient](bounded, latents.detach().float()).to(z.dtype))
 
     def _disturbed(self, z: Tensor, latents: Tensor) -> Tensor:
-        bounded = self.bounded(z)
+        bounded = self._soft(z, latents)
         ones = (len(z), *[1] * (z.ndim - 1)) if z.ndim > 1 else (1,)
         soft, kept = torch.rand(2, *ones, device=z.device) < self.noise
         bins = (torch.rand(z.shape, device=z.device) - 0.5) / self._width()
         return torch.where(kept, torch.where(soft, bounded, latents), bounded + bins).to(z.dtype)
+
+    def _soft(self, z: Tensor, latents: Tensor) -> Tensor:
+        """`bounded`, with the gradient that the `latents` of `z` have."""
+        return self.bounded(z.detach()) + (latents - latents.detach()).float()
 
     def _encode(self, x: Tensor) -> Tensor:
         return to_lattice(x, self._lattice)[1]
