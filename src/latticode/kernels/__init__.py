@@ -181,8 +181,8 @@ def to_lattices(z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor
 
     Stage i has the scale L^-i, so together they are one even grid of L^depth levels; `reference.to_lattices` has the
     formulas. Arithmetic is float32. The gradient passes where one of the stages does not clamp, or where it leads back.
-    A token that is not finite gets codes -1, NaN latents and no gradient. One opaque operator to torch.compile; torch.export and ONNX get
-    plain operators instead.
+    A token that is not finite gets codes -1, NaN latents and no gradient. One opaque operator to torch.compile;
+    torch.export and ONNX get plain operators instead.
 
     Raises:
         ValueError: if `z` is not (..., d) floats, or the lattice not one that `stages.fits`.

@@ -26,8 +26,8 @@ class FSQ(Quantizer):
       moves edges by less than 5e-4 for L >= 4. For L = 2, where atanh has no value, 94 % of N(0, 1) fall in one bin.
     - `symmetric` (arXiv 2411.19842): round((L-1)(a+1)/2) on the grid -1 .. 1; the end bins are half as wide in a.
     - `equal-bins`: round(L (a+1)/2 - 1/2) on the same grid; all bins are equally wide in a.
-    - `clamp`: `symmetric` with a = clamp(slope z / 2, -1, 1): values of the grid stay what they are, as a residual stage
-      needs it. Beyond the ends a gradient passes only where it leads back, so that no channel can stay there for good.
+    - `clamp`: `symmetric` with a = clamp(slope z / 2, -1, 1): values of the grid stay what they are, as residual stages
+      need it. Beyond the ends a gradient passes only where it leads back, so that no channel can stay there for good.
       With few channels of many levels (`levels.fine`) it reconstructs best (docs/results/study.md).
 
     Args:
