@@ -25,7 +25,7 @@ THUMBNAIL = 320  # pixels; earlier pictures are embedded no wider than this
 
 INK = "#010203"  # a colour that nothing else uses; `svg` makes it the page's text colour
 # legible on white and on near-black
-COLOURS = ("#2f7fb5", "#d9772b", "#4f9d69", "#a3629f", "#8a8f98", "#c4504e", "#a98f1f")  # legible on white and on near-black
+COLOURS = ("#2f7fb5", "#d9772b", "#4f9d69", "#a3629f", "#8a8f98", "#c4504e", "#a98f1f")
 MARKERS = ("o", "s", "^", "D", "v", "x", "P")
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
