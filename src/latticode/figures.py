@@ -50,6 +50,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "latticode",
 }
 THEME = "<style>svg{color:#3c4148}@media (prefers-color-scheme:dark){svg{color:#c3c8d0}}</style>"
+LEGEND_WIDTH = 48  # letters side by side below a chart of studies
 MOST_POINTS = 400  # per line; more are averaged
 LOG_RATIO = 20.0  # positive values that span more than this are drawn on a log axis
 
@@ -148,7 +149,7 @@ def curves(title: str, series: Mapping[str, Series], *, log: bool = True) -> Fig
 def trade_off(title: str, label: str, series: Mapping[str, Sequence[Point]], *, diagonal: bool = False) -> Figure:
     """A line for each name of `series` through its means, with the spreads as bars; dashed where both axes agree."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(4.4, 2.9)
+        figure, axes = _panel(4.4, 3.2)
         axes.set_title(title, parse_math=False)
         colours, markers = _cycle(COLOURS, len(series)), _cycle(MARKERS, len(series))
         for colour, marker, (name, points) in zip(colours, markers, series.items(), strict=True):
@@ -163,7 +164,8 @@ def trade_off(title: str, label: str, series: Mapping[str, Sequence[Point]], *, 
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(label)
         axes.grid(True, axis="y")
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        columns = max(1, min(4, LEGEND_WIDTH // max(map(len, series))))
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8, labelcolor=INK)
         return figure
 
 

@@ -296,13 +296,14 @@ def test_jobs_of_different_protocols_do_not_mix(copied, file) -> None:
 
 def test_the_chart_shows_means_spreads_and_the_diagonal() -> None:
     series = {"fsq": [(4.0, 3.0, 0.5), (8.0, 7.0, 0.25)], "vq": [(4.0, 2.0, 0.0)]}
-    (axes,) = figures.trade_off("entropy", "bits", series, diagonal=True).axes
+    figure = figures.trade_off("entropy", "bits", series, diagonal=True)
+    (axes,) = figure.axes
     first, second = axes.containers
     assert first.lines[0].get_xydata().tolist() == [[4, 3], [8, 7]]
     assert [bar.tolist() for bar in first.lines[2][0].get_segments()] == [[[4, 2.5], [4, 3.5]], [[8, 6.75], [8, 7.25]]]
     assert not second.has_yerr
     assert axes.lines[-1].get_xydata().tolist() == [[4, 4], [8, 8]]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fsq", "vq"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fsq", "vq"]
 
 
 def test_spread_over_seeds() -> None:
