@@ -130,7 +130,7 @@ def test_a_ramp_in_a_stage(tmp_path) -> None:
             r"tokenizer\.quantizer\.temprature cannot be a ramp; nearest: temperature; valid: temperature",
         ),
         (["tokenizer.quantizer.size={from: 8, to: 9}"], r"quantizer\.size cannot be a ramp; valid: temperature"),
-        (["tokenizer.quantizer={from: 8, to: 9}"], r"tokenizer\.quantizer cannot be a ramp; valid: none"),
+        (["tokenizer.quantizer={from: 8, to: 9}"], r"tokenizer\.quantizer cannot be a ramp; valid: gain"),
         (["objective.perceptual={from: 1, to: 2}"], r"objective\.perceptual cannot be a ramp; valid: none"),
         (
             ["tokenizer.quantizer={type: stochastic_vq, size: 8, dim: 3, variance: {from: 1, to: 2}}"],
