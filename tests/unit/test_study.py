@@ -19,6 +19,7 @@ from latticode.metrics.classifier import Classifier
 from latticode.quantizers.levels import recommend
 from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_sizes, study
 from latticode.study import run as study_run
+from latticode.study.page import charts
 from latticode.study.plan import Cost, Job, between, check_same, read_plan, steps_for, variant
 from latticode.study.run import calibrated
 from latticode.study.table import over_seeds, read_rows
@@ -304,6 +305,13 @@ def test_the_chart_shows_means_spreads_and_the_diagonal() -> None:
     assert not second.has_yerr
     assert axes.lines[-1].get_xydata().tolist() == [[4, 4], [8, 8]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fsq", "vq"]
+
+
+def test_distances_of_real_images_have_no_chart() -> None:
+    row = {"quantizer": "fsq", "size": 16, "bits": 4.0, "psnr": 20.0, "fid_judge": 3.0, "fid_judge_real": 0.2}
+    by_size, by_cost = charts([row])
+    assert [picture.image.axes[0].get_title(loc="left") for picture in by_size] == ["PSNR, dB", "FID of samples"]
+    assert by_cost == []
 
 
 def test_spread_over_seeds() -> None:

@@ -76,8 +76,8 @@ def charts(rows: Sequence[Row]) -> tuple[list[Picture], list[Picture]]:
 
 
 def _networked(rows: Sequence[Row]) -> dict[str, str]:
-    """Titles of the columns that a feature network gave."""
-    keys = columns_of(rows)
+    """Titles of the columns that a feature network gave, but for those of real images, which are the same for all."""
+    keys = [key for key in columns_of(rows) if not key.endswith("_real")]
     return {key: title for head, title in NETWORKS.items() for key in keys if key.startswith(head)}
 
 
