@@ -15,6 +15,7 @@ from helpers import QUIET, TINY, tokenizer_spec
 from latticode import figures, registry
 from latticode.cli import app
 from latticode.engine import ConfigError, TrainingError, TrainingStoppedError
+from latticode.engine.config import to_yaml
 from latticode.metrics.classifier import Classifier
 from latticode.quantizers.levels import recommend
 from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_sizes, study
@@ -122,11 +123,19 @@ def test_the_plan_refuses_what_it_cannot_do() -> None:
     for name in ("lfq", "bsq"):
         with pytest.raises(ValueError, match=f"{name} .* power of two, got 24"):
             replace(PLAN, quantizers=(name,), sizes=(16, 24))
-    for text in ("steps=5", "seed=1", "data.source=x", "tokenizer.quantizer.levels=[8,8]"):
+    for text in ("steps=5", "seed=1", "data.source=x", "tokenizer.quantizer.levels=[8,8]", "prior.steps=5"):
         with pytest.raises(ValueError, match="the study itself sets"):
             replace(PLAN, overrides=(text,))
     with pytest.raises(ConfigError, match="trains no tokenizer"):
         replace(PLAN, recipe="maskgit", overrides=()).tokenizer_config(PLAN.jobs[0])
+
+
+def test_an_override_of_priors_is_of_their_run_or_of_the_prior(tmp_path) -> None:
+    plan = replace(PLAN, overrides=("prior.width=16", "prior.heads=2", "prior.batch_size=7", "prior.optimizer.lr=1e-4"))
+    (tmp_path / "config.yaml").write_text(to_yaml(plan.tokenizer_config(plan.jobs[0])))
+    config = plan.prior_config(plan.jobs[0], tmp_path)
+    assert (config.prior["width"], config.batch_size, config.optimizer.lr) == (16, 7, 1e-4)
+    assert plan.tokenizer_config(plan.jobs[0]).batch_size != 7
 
 
 def test_an_override_reaches_the_jobs_that_it_concerns() -> None:

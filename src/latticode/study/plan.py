@@ -18,7 +18,10 @@ from latticode.registry import build, nearest
 
 RECIPES = {"tokenizer": "study", "prior": "study-prior"}
 PRIOR_SHARE = 0.5  # of the budget
-OWN = ("tokenizer.quantizer", "steps", "seed", "data.source")  # keys that the study sets
+OWN = (  # keys that the study sets
+    *("tokenizer.quantizer", "steps", "seed", "data.source"),
+    *("prior.tokenizer", "prior.steps", "prior.seed", "prior.data.source"),
+)
 LARGEST = 2**24
 
 Spec = dict[str, Any]
@@ -167,7 +170,7 @@ class Plan:
 
     def prior_config(self, job: Job, tokenizer: Path) -> RunConfig:
         """The run of a prior over the tokens of `tokenizer`, a run."""
-        own = [text for text in self.overrides if text.startswith("prior.")]
+        own = [_of_run(text) for text in self.overrides if text.startswith("prior.")]
         more = [f"tokenizer={json.dumps(str(tokenizer))}", f"seed={job.seed}", f"steps={max(self.prior_steps, 1)}"]
         return _warmed(load_config(RECIPES["prior"], [*own, *more]))
 
@@ -181,6 +184,13 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         write_text(folder / "study.json", json.dumps(asdict(self), indent=2) + "\n")
+
+
+def _of_run(text: str) -> str:
+    """An override of the priors as their run has it: `prior.batch_size=32` is the run's own, `prior.width=96` its
+    prior's."""
+    rest = text.removeprefix("prior.")
+    return rest if re.split(r"[.=]", rest, maxsplit=1)[0] in RunConfig.model_fields else text
 
 
 def _warmed(config: RunConfig) -> RunConfig:
