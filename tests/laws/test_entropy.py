@@ -164,12 +164,14 @@ def test_entropy_of_a_distribution():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("temperature", [5.0, 0.7, 0.1])
-@pytest.mark.parametrize(("size", "dim"), [(1, 1), (2, 3), (200, 6)])
+@pytest.mark.parametrize(("size", "dim"), [(1, 1), (2, 3), (200, 6), (1500, 6)])
+@pytest.mark.parametrize("active", ["fast", "portable"])
 def test_soft_assignment_equals_enumeration(
-    size: int, dim: int, temperature: float, dtype: torch.dtype, tolerance: float
+    size: int, dim: int, temperature: float, dtype: torch.dtype, tolerance: float, active: str
 ):
     inputs = points(60, size, dim)
-    ours = with_gradients(lambda *t: assigned(*t, temperature), *(t.to(dtype) for t in inputs))
+    with kernels.use(active):
+        ours = with_gradients(lambda *t: assigned(*t, temperature), *(t.to(dtype) for t in inputs))
     exact = specified(lambda *t: assigned(*t, temperature), *inputs)
     assert ours[0].dtype == ours[1].dtype == ours[2].dtype == dtype
     if size > 1:

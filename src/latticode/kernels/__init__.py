@@ -18,14 +18,15 @@ from latticode.kernels import entropies, lattice, native, nearest, reference, st
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, empty_like
 
+_COMPILED = native.available()
 _NEAREST = {
-    "fast": (native if native.available() else nearest).nearest_code,
+    "fast": (native if _COMPILED else nearest).nearest_code,
     "portable": nearest.nearest_code,
     "reference": reference.nearest_code,
 }
 _ENTROPIES = {"fast": entropies, "portable": entropies, "reference": reference}
-_LATTICE = {"fast": native if native.available() else lattice, "portable": lattice, "reference": reference}
-_STAGES = {"fast": native if native.available() else stages, "portable": stages, "reference": reference}
+_LATTICE = {"fast": native if _COMPILED else lattice, "portable": lattice, "reference": reference}
+_STAGES = {"fast": native if _COMPILED else stages, "portable": stages, "reference": reference}
 _active = "fast"
 
 
@@ -305,7 +306,8 @@ def soft_assignment(x: Tensor, codebook: Tensor, temperature: float, weights: Te
         )
     dtype = torch.promote_types(x.dtype, codebook.dtype)
     kernel = _ENTROPIES[_active].soft_assignment
-    total, mixture = kernel(x.to(dtype), codebook.to(dtype), weights.to(dtype), temperature)
+    how = {"compiled": True} if _active == "fast" and _COMPILED else {}
+    total, mixture = kernel(x.to(dtype), codebook.to(dtype), weights.to(dtype), temperature, **how)
     return total.to(dtype), mixture.to(dtype)
 
 

@@ -19,13 +19,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, library
 
+from latticode.kernels import native
 from latticode.kernels.nearest import full_float32
 
 CPU_TILE = 2**18  # numbers of the largest temporary, if that is `LEAST` tokens or more
 GPU_TILE = 2**25
-LEAST = 64  # tokens per tile: below, reading the codes again for each tile would cost the most
+LEAST = 32  # tokens per tile: below, reading the codes again for each tile would cost the most
 
 
 @library.custom_op("latticode::bernoulli_entropy", mutates_args=(), schema="(Tensor logits) -> Tensor")
@@ -159,81 +161,120 @@ library.register_autograd("latticode::bernoulli_entropy", _entropy_gradient, set
 library.register_autograd("latticode::bernoulli_mixture", _mixture_gradient, setup_context=_save)
 
 
-@library.custom_op(
-    "latticode::soft_assignment",
-    mutates_args=(),
-    schema="(Tensor x, Tensor codebook, Tensor weights, float temperature) -> (Tensor, Tensor)",
-)
-def soft_assignment(x: Tensor, codebook: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """sum_n w_n H(p_n) and sum_n w_n p_n (K,), for p_n the softmax over codes of -|x_n - c|^2 / `temperature`."""
+_TOKENS = "Tensor x, Tensor codebook, Tensor weights, float temperature, bool compiled=False"
+
+
+@library.custom_op("latticode::soft_assignment", mutates_args=(), schema=f"({_TOKENS}) -> (Tensor, Tensor)")
+def soft_assignment(
+    x: Tensor, codebook: Tensor, weights: Tensor, temperature: float, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """sum_n w_n H(p_n) and sum_n w_n p_n (K,), for p_n the softmax over codes of -|x_n - c|^2 / `temperature`.
+
+    `compiled` takes the functions of `native` where they serve.
+    """
     total, mixture = x.new_zeros(()), x.new_zeros(len(codebook))
+    soften = native.soften if compiled and _serves(x) else _soften
     with torch.autocast(x.device.type, enabled=False), full_float32():
-        for _, _, weight, log_p, p in _soft_tiles(x, *_centred(codebook), weights, temperature):
-            mixture.addmv_(p.t(), weight)
-            total -= weight.dot(p.mul_(log_p).sum(dim=1))
+        for _, _, weight, scores in _soft_tiles(x, *_centred(codebook), weights, temperature):
+            total += weight.dot(soften(scores))
+            mixture.addmv_(scores.t(), weight)
     return total, mixture
 
 
 @library.custom_op(
     "latticode::soft_assignment_backward",
     mutates_args=(),
-    schema="(Tensor of_total, Tensor of_mixture, Tensor x, Tensor codebook, Tensor weights, float temperature) "
-    "-> (Tensor, Tensor)",
+    schema=f"(Tensor of_total, Tensor of_mixture, {_TOKENS}) -> (Tensor, Tensor)",
 )
 def _soft_assignment_backward(
-    of_total: Tensor, of_mixture: Tensor, x: Tensor, codebook: Tensor, weights: Tensor, temperature: float
+    of_total: Tensor,
+    of_mixture: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    weights: Tensor,
+    temperature: float,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """With s the scores, dH/ds_k = -p_k (ln p_k + H), and p.g has the gradient p_k (g_k - p.g)."""
     codes, centre = _centred(codebook)
-    of_x, of_codes = torch.empty_like(x), torch.zeros_like(codes)
-    moved = x.new_zeros(len(codes), 1)
+    of_x, of_codes = torch.empty_like(x), x.new_zeros(len(codes) + 1, codes.shape[1])
+    soften_backward = native.soften_backward if compiled and _serves(x) else _soften_backward
     with torch.autocast(x.device.type, enabled=False), full_float32():
-        for some, tile, weight, log_p, p in _soft_tiles(x, codes, centre, weights, temperature):
-            value = log_p.mul_(-of_total).add_(of_mixture)  # what the objective gains per unit of each probability
-            mean = torch.linalg.vecdot(p, value)[:, None]
-            of_scores = p.mul_(value.sub_(mean)).mul_(weight[:, None])
-            of_x[some] = of_scores @ codes
-            of_codes.addmm_(of_scores.t(), tile)
-            moved += of_scores.sum(dim=0)[:, None]
-    return of_x.mul_(2 / temperature), of_codes.sub_(moved * codes).mul_(2 / temperature)
+        for some, tile, weight, scores in _soft_tiles(x, codes, centre, weights, temperature):
+            soften_backward(scores, of_mixture, of_total, weight)
+            of_x[some] = scores @ codes.t()
+            of_codes.addmm_(F.pad(tile, (0, 1), value=1.0).t(), scores)  # and the sum over tokens below it
+    return of_x.mul_(2 / temperature), (of_codes[:-1] - of_codes[-1] * codes).mul_(2 / temperature).t().contiguous()
+
+
+def _serves(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _soften(scores: Tensor) -> Tensor:
+    """Turns each row of `scores` (n, K) into its softmax and returns its entropy (n,) in nats."""
+    log_p = _log_softmax(scores)
+    torch.exp(log_p, out=scores)
+    return -log_p.mul_(scores).sum(dim=1)
+
+
+def _soften_backward(scores: Tensor, of_mixture: Tensor, of_total: Tensor, weights: Tensor) -> None:
+    """Turns `scores` (n, K) into the gradient for them of `weights` (n,) times entropies and softmax.
+
+    dH/ds_k = -p_k (ln p_k + H), and p.g has the gradient p_k (g_k - p.g).
+    """
+    log_p = _log_softmax(scores)
+    p = torch.exp(log_p, out=scores)
+    value = log_p.mul_(-of_total).add_(of_mixture)  # what the objective gains per unit of each probability
+    p.mul_(value.sub_(torch.linalg.vecdot(p, value)[:, None])).mul_(weights[:, None])
+
+
+def _log_softmax(scores: Tensor) -> Tensor:
+    """Arithmetic that underflows takes ten times as long. Half of the exponents are left for products with p."""
+    return scores.log_softmax(dim=1).clamp_(min=math.log(torch.finfo(scores.dtype).tiny) / 2)
 
 
 def _centred(codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Seen from the middle of the codes, so that a common offset costs no digits; distances do not depend on it."""
+    """Codes (d, K) as seen from their middle (d,), so that a common offset costs no digits; distances do not depend on
+    it. Channels first, products of so few of them with so many codes take a third of the time."""
     centre = codebook.mean(dim=0)
-    return codebook - centre, centre
+    return (codebook - centre).t().contiguous(), centre
 
 
 def _soft_tiles(
     x: Tensor, codes: Tensor, centre: Tensor, weights: Tensor, temperature: float
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Of a few tokens each: their slice, centred vectors (n, d), weights (n,), ln p (n, K) and p (n, K)."""
-    scaled, offsets = codes * (2 / temperature), codes.square().sum(dim=1) / -temperature
-    step = _tile(x, len(codes))
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Of a few tokens each: their slice, centred vectors (n, d), weights (n,), scores (n, K), the logits of p."""
+    scaled, offsets = codes * (2 / temperature), codes.square().sum(dim=0) / -temperature
+    step = _tile(x, codes.shape[1])
     for start in range(0, len(x), step):
         some = slice(start, start + step)
         tile = (x[some] - centre).masked_fill_(weights[some, None] == 0, 0.0)
-        log_p = torch.addmm(offsets, tile, scaled.t()).log_softmax(dim=1)
-        # Arithmetic that underflows takes ten times as long. Half of the exponents are left for products with p.
-        log_p.clamp_(min=math.log(torch.finfo(x.dtype).tiny) / 2)
-        yield some, tile, weights[some], log_p, log_p.exp()
+        yield some, tile, weights[some], torch.addmm(offsets, tile, scaled)
 
 
 @library.register_fake("latticode::soft_assignment")
-def _(x: Tensor, codebook: Tensor, weights: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, codebook: Tensor, weights: Tensor, temperature: float, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(()), x.new_empty(codebook.shape[0])
 
 
 @library.register_fake("latticode::soft_assignment_backward")
 def _(
-    of_total: Tensor, of_mixture: Tensor, x: Tensor, codebook: Tensor, weights: Tensor, temperature: float
+    of_total: Tensor,
+    of_mixture: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    weights: Tensor,
+    temperature: float,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(codebook)
 
 
-def _soft_gradient(ctx: Any, of_total: Tensor, of_mixture: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _soft_gradient(ctx: Any, of_total: Tensor, of_mixture: Tensor) -> tuple[Tensor | None, ...]:
     of_inputs = _soft_assignment_backward(of_total, of_mixture, *ctx.saved_tensors, *ctx.numbers)
-    return *of_inputs, None, None
+    return *of_inputs, None, None, None
 
 
 library.register_autograd("latticode::soft_assignment", _soft_gradient, setup_context=_save)

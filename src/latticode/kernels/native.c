@@ -1,5 +1,5 @@
-/* Finite scalar quantization in one pass over memory, and the best of a tile of scores; grid.py and nearest.py have the
-   formulas, native.py the calls.
+/* Finite scalar quantization in one pass over memory, the best of a tile of scores, and their softmax; grid.py, nearest.py
+   and entropies.py have the formulas, native.py the calls.
 
    Every operation rounds once and alike in vector and scalar code (compiled without contraction to fused
    multiply-add), so a value has the same bits at every place of every layout. Positions come from a sigmoid that is off
@@ -11,6 +11,7 @@
 
 #define ROW 512      /* numbers of one row of whole tokens, at most */
 #define CHANNELS 64  /* at most */
+#define LEAST -43.0f /* of logarithms of probabilities */
 
 #if defined(_MSC_VER)
 #define EXPORT __declspec(dllexport)
@@ -49,10 +50,8 @@ INSIDE Columns columns(const float *table, int64_t stride, int64_t start) {
   return c;
 }
 
-INSIDE float sigmoid(float u) {
-  float size = fabsf(u);
-  size = size > 87.0f ? 87.0f : size;
-  float t = size * -1.44269504f, whole = rintf(t), f = t - whole; /* exp(-size) = 2^whole 2^f */
+INSIDE float exponential(float x) { /* for x from -87 to 0 */
+  float t = x * 1.44269504f, whole = rintf(t), f = t - whole; /* exp(x) = 2^whole 2^f */
   float p = 1.5403530e-4f;
   p = p * f + 1.3333558e-3f;
   p = p * f + 9.6181291e-3f;
@@ -65,7 +64,13 @@ INSIDE float sigmoid(float u) {
     float value;
   } power;
   power.bits = (int32_t)((uint32_t)((int32_t)whole + 127) << 23);
-  float small = p * power.value, share = 1.0f / (1.0f + small);
+  return p * power.value;
+}
+
+INSIDE float sigmoid(float u) {
+  float size = fabsf(u);
+  size = size > 87.0f ? 87.0f : size;
+  float small = exponential(-size), share = 1.0f / (1.0f + small);
   return u < 0 ? small * share : share;
 }
 
@@ -288,4 +293,66 @@ EXPORT VECTORS void scan(const float *restrict tile, const float *restrict offse
   }
 }
 
-EXPORT int64_t latticode_native_version(void) { return 3; }
+INSIDE float highest(const float *score, int64_t size) {
+  float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+  for (int64_t k = 0; k < size; k++) top = score[k] > top ? score[k] : top;
+  return top;
+}
+
+/* The logarithm of a probability but for what all have in common. Half of the exponents are left for products. */
+INSIDE float relative(float score, float top) {
+  float x = score - top;
+  return x < LEAST ? LEAST : x;
+}
+
+/* Each of `rows` rows of `size` scores becomes its softmax p, of which `entropy` is that in nats. */
+EXPORT VECTORS void soften(float *tile, int64_t rows, int64_t size, float *entropy) {
+  for (int64_t r = 0; r < rows; r++) {
+    float *score = tile + r * size, top = highest(score, size);
+    double total = 0, moment = 0;
+    for (int64_t start = 0; start < size; start += ROW) {
+      int64_t end = size - start < ROW ? size : start + ROW;
+      float mass = 0, sum = 0;
+#pragma omp simd reduction(+ : mass, sum)
+      for (int64_t k = start; k < end; k++) {
+        float x = relative(score[k], top), e = exponential(x);
+        mass += e;
+        sum += e * x;
+      }
+      total += mass;
+      moment += sum;
+    }
+    entropy[r] = (float)(log(total) - moment / total);
+    float share = (float)(1 / total);
+    for (int64_t k = 0; k < size; k++) score[k] = exponential(relative(score[k], top)) * share;
+  }
+}
+
+/* Scores become the gradient for them, w p (v - p.v) of a row of weight w, where v = of_mixture - of_total ln p. */
+EXPORT VECTORS void soften_backward(float *tile, int64_t rows, int64_t size, const float *of_mixture,
+                                    const float *weight, float of_total) {
+  for (int64_t r = 0; r < rows; r++) {
+    float *score = tile + r * size, top = highest(score, size);
+    double total = 0, moment = 0;
+    for (int64_t start = 0; start < size; start += ROW) {
+      int64_t end = size - start < ROW ? size : start + ROW;
+      float mass = 0, sum = 0;
+#pragma omp simd reduction(+ : mass, sum)
+      for (int64_t k = start; k < end; k++) {
+        float x = relative(score[k], top), e = exponential(x);
+        mass += e;
+        sum += e * (of_mixture[k] - of_total * x);
+      }
+      total += mass;
+      moment += sum;
+    }
+    float share = (float)(weight[r] / total), mean = (float)(moment / total);
+    for (int64_t k = 0; k < size; k++) {
+      float x = relative(score[k], top);
+      score[k] = exponential(x) * share * (of_mixture[k] - of_total * x - mean);
+    }
+  }
+}
+
+EXPORT int64_t latticode_native_version(void) { return 4; }

@@ -1,8 +1,8 @@
-"""`native.c`, where it could be compiled at installation: finite scalar quantization in one pass on a CPU, and the
-nearest code with one look at each score.
+"""`native.c`, where it could be compiled at installation: finite scalar quantization in one pass on a CPU, the nearest
+code with one look at each score, soft codes in one row of scores.
 
-A library without Python in it, called by address. What it does not serve goes to `lattice` and `nearest`: the same
-latents and codes.
+A library without Python in it, called by address. What it does not serve goes to `lattice`, `nearest` and `entropies`:
+the same latents and codes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from latticode.kernels import nearest, stages
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, dense, empty_like, planes
 
-VERSION = 3  # of the functions' signatures
+VERSION = 4  # of the functions' signatures
 ROW = 512  # numbers of one row of whole tokens, at most, as in native.c
 CHANNELS = 64  # at most, as in native.c
 GRAIN = 2**17  # numbers that are worth a thread
@@ -72,6 +72,30 @@ def _scan(scores: Tensor, offsets: Tensor, first: int, best: Tensor, second: Ten
         _library().scan(*map(_argument, (tile, offset, k, stride, count, first, *tokens)))
 
     _spread(run, len(best), k)
+
+
+def soften(scores: Tensor) -> Tensor:
+    """As `entropies.soften`, for contiguous float32 on a CPU."""
+    size, found = scores.shape[1], torch.empty(len(scores))
+
+    def run(start: int, count: int) -> None:
+        at = (scores.data_ptr() + 4 * start * size, count, size, found.data_ptr() + 4 * start)
+        _library().soften(*map(_argument, at))
+
+    _spread(run, len(scores), size)
+    return found
+
+
+def soften_backward(scores: Tensor, of_mixture: Tensor, of_total: Tensor, weights: Tensor) -> None:
+    """As `entropies.soften_backward`, for contiguous float32 on a CPU."""
+    size, slope = scores.shape[1], ctypes.c_float(of_total.item())
+    of_mixture, weights = of_mixture.contiguous(), weights.contiguous()
+
+    def run(start: int, count: int) -> None:
+        at = (scores.data_ptr() + 4 * start * size, count, size, of_mixture.data_ptr(), weights.data_ptr() + 4 * start)
+        _library().soften_backward(*map(_argument, at), slope)
+
+    _spread(run, len(scores), size)
 
 
 def to_lattice(z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
