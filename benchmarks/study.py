@@ -32,7 +32,10 @@ METRICS = {  # title, factor, decimals
     "usage": ("Codes used, %", 100.0, 1),
     "entropy_bits": ("Entropy of the codes, bits", 1.0, 2),
     "compression_cost": ("Compression cost, bits per token", 1.0, 2),
+    "rfid_classifier": ("FID of reconstructions", 1.0, 2),
     "fid_classifier": ("FID of samples", 1.0, 2),
+    "precision_classifier": ("Precision of samples, %", 100.0, 1),
+    "recall_classifier": ("Recall of samples, %", 100.0, 1),
     "seconds": ("Training, seconds", 1.0, 0),
 }
 ACROSS = 2  # charts in a row

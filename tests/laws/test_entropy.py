@@ -181,6 +181,28 @@ def test_soft_assignment_equals_enumeration(
         assert all((t == 0).all() for t in ours[1:])
 
 
+def test_threads_make_no_difference():
+    x, codebook, weights = points(400, 1500, 6)
+    alone = with_gradients(assigned, x, codebook, weights)
+    torch.set_num_threads(3)
+    try:
+        together = with_gradients(assigned, x, codebook, weights)
+    finally:
+        torch.set_num_threads(1)
+    assert_near(together, alone, 1e-6)
+
+
+def test_a_nan_stays_one():
+    x, codebook, weights = points(3, 200, 4)
+    x[1, 2] = torch.nan
+    for active in ("fast", "portable"):
+        with kernels.use(active):
+            value, of_x, of_codes = with_gradients(assigned, x, codebook, weights)
+        assert value.isnan()
+        assert of_codes.isnan().any()
+        assert of_x[1].isnan().all()
+
+
 def test_a_common_offset_costs_soft_assignment_no_accuracy():
     x, codebook, weights = points(60, 200, 6)
     x, codebook = x + 300, codebook + 300
