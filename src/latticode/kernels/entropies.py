@@ -253,22 +253,12 @@ def _soft_tiles(
 
 
 @library.register_fake("latticode::soft_assignment")
-def _(
-    x: Tensor, codebook: Tensor, weights: Tensor, temperature: float, compiled: bool = False
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, codebook: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(()), x.new_empty(codebook.shape[0])
 
 
 @library.register_fake("latticode::soft_assignment_backward")
-def _(
-    of_total: Tensor,
-    of_mixture: Tensor,
-    x: Tensor,
-    codebook: Tensor,
-    weights: Tensor,
-    temperature: float,
-    compiled: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _(of_total: Tensor, of_mixture: Tensor, x: Tensor, codebook: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(codebook)
 
 

@@ -306,24 +306,31 @@ INSIDE float relative(float score, float top) {
   return x < LEAST ? LEAST : x;
 }
 
+/* The sums over a row of e^x and of e^x (v - slope x), x relative to `top`; v is 0 if it is NULL. */
+INSIDE void sums(const float *score, int64_t size, float top, const float *v, float slope, double *total,
+                 double *moment) {
+  *total = *moment = 0;
+  for (int64_t start = 0; start < size; start += ROW) {
+    int64_t end = size - start < ROW ? size : start + ROW;
+    float mass = 0, sum = 0;
+#pragma omp simd reduction(+ : mass, sum)
+    for (int64_t k = start; k < end; k++) {
+      float x = relative(score[k], top), e = exponential(x);
+      mass += e;
+      sum += e * ((v ? v[k] : 0.0f) - slope * x);
+    }
+    *total += mass;
+    *moment += sum;
+  }
+}
+
 /* Each of `rows` rows of `size` scores becomes its softmax p, of which `entropy` is that in nats. */
 EXPORT VECTORS void soften(float *tile, int64_t rows, int64_t size, float *entropy) {
   for (int64_t r = 0; r < rows; r++) {
     float *score = tile + r * size, top = highest(score, size);
-    double total = 0, moment = 0;
-    for (int64_t start = 0; start < size; start += ROW) {
-      int64_t end = size - start < ROW ? size : start + ROW;
-      float mass = 0, sum = 0;
-#pragma omp simd reduction(+ : mass, sum)
-      for (int64_t k = start; k < end; k++) {
-        float x = relative(score[k], top), e = exponential(x);
-        mass += e;
-        sum += e * x;
-      }
-      total += mass;
-      moment += sum;
-    }
-    entropy[r] = (float)(log(total) - moment / total);
+    double total, moment;
+    sums(score, size, top, 0, 1.0f, &total, &moment);
+    entropy[r] = (float)(log(total) + moment / total);
     float share = (float)(1 / total);
     for (int64_t k = 0; k < size; k++) score[k] = exponential(relative(score[k], top)) * share;
   }
@@ -334,19 +341,8 @@ EXPORT VECTORS void soften_backward(float *tile, int64_t rows, int64_t size, con
                                     const float *weight, float of_total) {
   for (int64_t r = 0; r < rows; r++) {
     float *score = tile + r * size, top = highest(score, size);
-    double total = 0, moment = 0;
-    for (int64_t start = 0; start < size; start += ROW) {
-      int64_t end = size - start < ROW ? size : start + ROW;
-      float mass = 0, sum = 0;
-#pragma omp simd reduction(+ : mass, sum)
-      for (int64_t k = start; k < end; k++) {
-        float x = relative(score[k], top), e = exponential(x);
-        mass += e;
-        sum += e * (of_mixture[k] - of_total * x);
-      }
-      total += mass;
-      moment += sum;
-    }
+    double total, moment;
+    sums(score, size, top, of_mixture, of_total, &total, &moment);
     float share = (float)(weight[r] / total), mean = (float)(moment / total);
     for (int64_t k = 0; k < size; k++) {
       float x = relative(score[k], top);

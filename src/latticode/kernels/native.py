@@ -75,7 +75,7 @@ def _scan(scores: Tensor, offsets: Tensor, first: int, best: Tensor, second: Ten
 
 
 def soften(scores: Tensor) -> Tensor:
-    """As `entropies.soften`, for contiguous float32 on a CPU."""
+    """As `entropies._soften`, for contiguous float32 on a CPU."""
     size, found = scores.shape[1], torch.empty(len(scores))
 
     def run(start: int, count: int) -> None:
@@ -87,7 +87,7 @@ def soften(scores: Tensor) -> Tensor:
 
 
 def soften_backward(scores: Tensor, of_mixture: Tensor, of_total: Tensor, weights: Tensor) -> None:
-    """As `entropies.soften_backward`, for contiguous float32 on a CPU."""
+    """As `entropies._soften_backward`, for contiguous float32 on a CPU."""
     size, slope = scores.shape[1], ctypes.c_float(of_total.item())
     of_mixture, weights = of_mixture.contiguous(), weights.contiguous()
 
