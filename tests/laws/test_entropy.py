@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, library
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from helpers import Largest
 from latticode import kernels
 from latticode.kernels import entropies
 
@@ -239,17 +237,6 @@ def test_tiles_make_no_difference(case: Case, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(entropies, "LEAST", 7)
     for ours, expected in zip(with_gradients(case[0], *case[1]), whole, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
-        return out
 
 
 def test_no_tensor_grows_with_tokens_times_codes(monkeypatch: pytest.MonkeyPatch):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers import Largest
 from latticode import FSQ, LFQ
 from latticode.nn.rotary import rotary_table
 from latticode.priors import GPT, base
@@ -280,19 +280,6 @@ def test_split_and_join_are_inverse(vocab: list[int], sizes: list[int] | None):
     changed = (digits.split(hidden) != symbols).nonzero().tolist()
     assert changed == [[3, 1, j] for j in range(per_code)]
     assert (digits.split(hidden)[3, 1, :per_code] == -1).all()
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operator returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.numel = max(self.numel, value.numel())
-        return result
 
 
 @pytest.mark.parametrize("inner_depth", [0, 2])

@@ -7,14 +7,12 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from helpers import Largest
 from latticode import kernels
 from latticode.kernels import nearest, nearest_code, reference
 
@@ -28,17 +26,6 @@ def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 def draw(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
-        return out
 
 
 # K around multiples of a block and of a tile, N around multiples of a tile

@@ -56,13 +56,13 @@ def test_training_hides_what_it_asks_for_from_an_encoder_that_meets_half():
     prior = small(label_dropout=0.25, depth=1)
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     met: list[int] = []
-    original = prior.logits
+    original = prior.states
 
-    def logits(tokens: Tensor, labels: Tensor, at: Tensor, context: Any = None, **more: Any) -> Tensor:
+    def states(tokens: Tensor, labels: Tensor, at: Tensor, context: Any = None, **more: Any) -> Tensor:
         calls.append((tokens, labels, at))
         return original(tokens, labels, at, context, **more)
 
-    prior.logits = logits  # type: ignore[method-assign]
+    prior.states = states  # type: ignore[method-assign]
     prior.encoder.register_forward_hook(lambda module, inputs, output: met.append(output.shape[1]))
     codes = torch.randint(11, (2000, 4, 4, 1))
     prior.loss(codes, Conditioning(torch.ones(2000, dtype=torch.int64)))
@@ -91,10 +91,10 @@ def test_logits_are_those_of_each_image_by_itself(drop: bool):
         rows = [y[0], *(y[0] if masked[b, n] else out_of[n] for n in range(16))]
         z = prior.decoder((torch.stack(rows) + prior.decoder_position)[None])[0]
         expected.append(prior.predicted(z[1:][masked[b]]))
-    got = prior.logits(tokens, labels, masked, dropped_BN=dropped if drop else None)
+    got = prior.predicted(prior.states(tokens, labels, masked, dropped_BN=dropped if drop else None))
     torch.testing.assert_close(got, torch.cat(expected), atol=1e-4, rtol=1e-4)
     some = masked & (torch.arange(16) % 3 == 0)  # those that are not asked for are masked all the same
-    few = prior.logits(tokens, labels, some, dropped_BN=dropped if drop else None)
+    few = prior.predicted(prior.states(tokens, labels, some, dropped_BN=dropped if drop else None))
     torch.testing.assert_close(few, got[some[masked]])
 
 
@@ -111,7 +111,7 @@ def test_loss_is_the_smoothed_cross_entropy_of_masked_positions_alone():
     torch.manual_seed(5)
     masked, dropped = prior.masks(3)
     tokens = codes.flatten(1).masked_fill(masked, prior.mask_token)
-    log_p = prior.logits(tokens, torch.tensor([-1, 0, 1]), masked, dropped_BN=dropped).log_softmax(-1)
+    log_p = prior.predicted(prior.states(tokens, torch.tensor([-1, 0, 1]), masked, dropped_BN=dropped)).log_softmax(-1)
     true = log_p.gather(-1, codes.flatten(1)[masked][:, None])[:, 0]
     torch.testing.assert_close(loss, -(0.8 * true + 0.2 * log_p.mean(-1)).mean())
 

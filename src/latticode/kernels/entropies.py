@@ -94,14 +94,15 @@ def _half_backward(gradient: Tensor, levels: list[Tensor], p: Tensor) -> Tensor:
 def _bit_tiles(logits: Tensor, weights: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Of a few tokens each: their slice, p (D, n), q (D, n), weights (n,)."""
     width = 2 ** ((logits.shape[1] + 1) // 2)
-    step = _tile(logits, width)
+    step = tile_rows(logits, width)
     for start in range(0, len(logits), step):
         some = slice(start, start + step)
         bits = logits[some].t().masked_fill(weights[some] == 0, 0.0)
         yield some, torch.sigmoid(bits), torch.sigmoid(-bits), weights[some]
 
 
-def _tile(x: Tensor, width: int) -> int:
+def tile_rows(x: Tensor, width: int) -> int:
+    """How many rows of `width` numbers a temporary on the device of `x` should have: few enough for a CPU's caches."""
     return max(LEAST, (CPU_TILE if x.device.type == "cpu" else GPU_TILE) // width)
 
 
@@ -245,7 +246,7 @@ def _soft_tiles(
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Of a few tokens each: their slice, centred vectors (n, d), weights (n,), scores (n, K), the logits of p."""
     scaled, offsets = codes * (2 / temperature), codes.square().sum(dim=0) / -temperature
-    step = _tile(x, codes.shape[1])
+    step = tile_rows(x, codes.shape[1])
     for start in range(0, len(x), step):
         some = slice(start, start + step)
         tile = (x[some] - centre).masked_fill_(weights[some, None] == 0, 0.0)

@@ -237,12 +237,13 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, u: Tensor) -> Tensor:
     """Tokens (...,) from softmax(logits (..., V)) by inversion of the distribution function at u (...,) in [0, 1).
 
-    One uniform per token, where a Gumbel argmax needs V. A token of probability 0 is never drawn.
+    One uniform per token, where a Gumbel argmax needs V. A token of probability 0 is never drawn; logits that are not
+    finite give some token.
     """
     cdf = F.softmax(logits.float(), dim=-1).cumsum(-1)
     total = cdf[..., -1:]
     at = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, at, right=True).squeeze(-1)
+    return torch.searchsorted(cdf, at, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 class Chooser:
@@ -262,7 +263,7 @@ class Chooser:
             conditional, unconditional = logits.chunk(2)
             logits = guided(conditional, unconditional, self.sampling.guidance)
         self.finite.logical_and_(logits.isfinite().all())
-        drawn = draw(filtered(logits, self.sampling), u).clamp(max=logits.shape[-1] - 1)  # of NaN too
+        drawn = draw(filtered(logits, self.sampling), u)
         return torch.where(known < 0, drawn, known)
 
     def check(self) -> None:

@@ -70,7 +70,7 @@ class MAGE(Masked):
         initialise(self.link)
         nn.init.normal_(self.decoder_position, std=width**-0.5)
 
-    def logits(
+    def states(
         self,
         tokens_BN: Tensor,
         labels_B: Tensor,
@@ -78,7 +78,7 @@ class MAGE(Masked):
         context: Context | None = None,
         dropped_BN: Tensor | None = None,
     ) -> Tensor:
-        """Logits (M, C) at the positions `at_BN` (bool), row-major, given codes with MASK where unknown.
+        """As `Masked.states`.
 
         The encoder does not meet those that are `dropped_BN` (bool): equally many of each row, and masked.
         """
@@ -91,12 +91,12 @@ class MAGE(Masked):
         met_BK = seen_BN if dropped_BN is None else seen_BN[~dropped_BN].view(codes_BKD.shape[:2])
         filled_BND = class_B1D.repeat(1, self.positions, 1).masked_scatter(seen_BN[..., None], codes_BKD[met_BK])
         z_BLD = self.decoder(torch.cat([class_B1D, filled_BND], dim=1) + self.decoder_position)
-        return self.predicted(z_BLD[:, 1:][at_BN])
+        return z_BLD[:, 1:][at_BN]
 
     def nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
         masked, dropped = self.masks(len(codes_BN), codes_BN.device)
-        logits = self.logits(codes_BN.masked_fill(masked, self.mask_token), labels_B, masked, dropped_BN=dropped)
-        return F.cross_entropy(logits.float(), codes_BN[masked], label_smoothing=self.label_smoothing)
+        y_MD = self.states(codes_BN.masked_fill(masked, self.mask_token), labels_B, masked, dropped_BN=dropped)
+        return self.smoothed(y_MD, codes_BN[masked])
 
     def masks(self, count: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Which positions (count, N) are masked, a share drawn anew for each image, and which of those are dropped."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.kernels.entropies import tile_rows
 from latticode.nn.transformer import initialise
 from latticode.priors.base import (
     DEFAULT,
@@ -65,7 +66,7 @@ class Context(NamedTuple):
 class Masked(Prior):
     """One shared embedding holds C codes, the classes and MASK, which is also the class token of 'no label'.
 
-    A subclass says by `logits` what it makes of a partly masked image, and by `nats` what it learns from.
+    A subclass says by `states` what it makes of a partly masked image, and by `nats` what it learns from.
     """
 
     uses = IN_ORDER | {"steps", "noise", "schedule", "guidance_schedule"}
@@ -100,8 +101,8 @@ class Masked(Prior):
             nn.init.normal_(weight, std=width**-0.5)  # logits of unit variance at first, at any width
 
     @abstractmethod
-    def logits(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor, context: Context | None = None) -> Tensor:
-        """Logits (M, C) at the positions `at_BN` (bool), row-major, given codes with MASK where unknown."""
+    def states(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor, context: Context | None = None) -> Tensor:
+        """What the head reads (M, D) at positions `at_BN` (bool), row-major, given codes with MASK where unknown."""
 
     @abstractmethod
     def nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
@@ -159,8 +160,8 @@ class Masked(Prior):
         for group in spread_groups(self.grid, GROUPS):
             at_BN = torch.zeros_like(tokens_BN, dtype=torch.bool)
             at_BN[:, group] = True
-            logits = self.logits(tokens_BN, labels_B, at_BN, context).float()
-            nats = F.cross_entropy(logits, codes_BN[at_BN], reduction="none")
+            tiles = self._tiles(self.states(tokens_BN, labels_B, at_BN, context)[None], codes_BN[at_BN])
+            nats = torch.cat([F.cross_entropy(logits[0], true, reduction="none") for logits, true in tiles])
             total += nats.view(len(codes_BN), len(group)).sum(1) / math.log(2)
             tokens_BN = torch.where(at_BN, codes_BN, tokens_BN)
         return total
@@ -186,12 +187,10 @@ class Masked(Prior):
         for step in range(max(map(len, plans), default=0)):
             left = torch.tensor([plan[step] if step < len(plan) else 0 for plan in plans], device=tokens.device)
             u, ratio = noise[:, step].to(tokens.device), (step + 1) / sampling.steps
-            logits = self._guided(tokens, labels, unknown, context, sampling, ratio)
-            total = logits.logsumexp(-1)
-            if not bool(total.isfinite().all()):
-                raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
-            drawn = draw(filtered(logits, sampling), u[:, 0][unknown])
-            log_p = logits.gather(-1, drawn[:, None])[:, 0] - total
+            branches = len(labels) // len(tokens)  # the second without a condition
+            y = self.states(tokens.repeat(branches, 1), labels, unknown.repeat(branches, 1), context)
+            guidance = sampling.guidance * RAMPS[sampling.guidance_schedule](ratio)
+            drawn, log_p = self._drawn(y.view(branches, -1, self.width), u[:, 0][unknown], sampling, guidance)
             tokens = tokens.masked_scatter(unknown, drawn)
             confidence = torch.zeros(tokens.shape, device=tokens.device).masked_scatter(unknown, log_p)
             confidence += sampling.noise * max(0.0, 1 - ratio) * gumbel(u[:, 1])
@@ -199,34 +198,67 @@ class Masked(Prior):
             tokens = tokens.masked_fill(unknown, self.mask_token)
         return tokens
 
-    def _guided(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        unknown: Tensor,
-        context: Context | None,
-        sampling: Sampling,
-        ratio: float,
-    ) -> Tensor:
-        """Logits (M, C) at the unknown positions after the share `ratio` of the steps, this one included."""
-        if len(labels) == len(tokens):
-            return self.logits(tokens, labels, unknown, context).float()
-        both = self.logits(tokens.repeat(2, 1), labels, unknown.repeat(2, 1), context).float()
-        conditional, unconditional = both.chunk(2)
-        return guided(conditional, unconditional, sampling.guidance * RAMPS[sampling.guidance_schedule](ratio))
+    def _drawn(self, y_GMD: Tensor, u_M: Tensor, sampling: Sampling, guidance: float) -> tuple[Tensor, Tensor]:
+        """Tokens (M,) and the log p of each, from states of G = 1 branch or 2, of which `guidance` leads away from the
+        second."""
+        tokens, log_p = [], []
+        for branches, u in self._tiles(y_GMD, u_M):
+            logits = guided(branches[0], branches[1], guidance) if len(branches) > 1 else branches[0]
+            tokens.append(draw(filtered(logits, sampling), u))
+            log_p.append(logits.gather(-1, tokens[-1][:, None])[:, 0] - logits.logsumexp(-1))
+        chosen = torch.cat(log_p)
+        if not bool(chosen.isfinite().all()):
+            raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
+        return torch.cat(tokens), chosen
 
     def embedded(self, tokens_BN: Tensor, labels_B: Tensor) -> Tensor:
         """The class token and the positions (B, 1 + N, D)."""
         classes_B = torch.where(labels_B < 0, self.mask_token, labels_B + self.code_count)
         return self.input(self.embedding(torch.cat([classes_B[:, None], tokens_BN], dim=1)) + self.position)
 
-    def predicted(self, y_MD: Tensor) -> Tensor:
-        """Logits (M, C).
+    def predicted(self, y: Tensor) -> Tensor:
+        """Logits (..., C) of states (..., D).
 
         Only of the positions that are asked for: with tens of thousands of codes they cost more than the blocks, and
         `bits` and the later passes of `sample` ask for few.
         """
-        return F.linear(self.head(y_MD), self.embedding.weight[: self.code_count], self.bias)
+        return F.linear(self.head(y), *self._codes())
+
+    def smoothed(self, y_MD: Tensor, codes_M: Tensor) -> Tensor:
+        """The cross entropy of `codes_M` at positions of states `y_MD`, with label smoothing: mean nats, a scalar."""
+        return head_cross_entropy(self.head(y_MD), *self._codes(), codes_M, self.label_smoothing)
+
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        """Weights (C, D) and biases (C,) of the logits."""
+        return self.embedding.weight[: self.code_count], self.bias
+
+    def _tiles(self, y_GMD: Tensor, of_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (G, m, C) of a few positions at a time, and what `of_M` holds of these.
+
+        Logits of all positions of a batch would fill memory, which costs more than to compute them.
+        """
+        rows = tile_rows(y_GMD, y_GMD.shape[0] * self.code_count)
+        for y, of in zip(y_GMD.split(rows, dim=1), of_M.split(rows), strict=True):
+            yield self.predicted(y).float(), of
+
+
+def head_cross_entropy(
+    y_MD: Tensor, weight_CD: Tensor, bias_C: Tensor, codes_M: Tensor, smoothing: float = 0.0
+) -> Tensor:
+    """The mean over positions of the cross entropy of `codes_M` under logits y W' + b, in nats; gradients flow.
+
+    On a CPU, from PyTorch 2.13 on, the logits of many codes are there for a few positions at a time, forward and
+    backward: half the time and a fraction of the memory. PyTorch's own function for it knows no smoothing, but
+    (1 - s) H(true) + s mean H(k) = H(true) + s (l_true - mean l), which needs no other logits than the true ones.
+    """
+    rows = 4 * tile_rows(y_MD, len(weight_CD))  # each step also reads and writes the gradients of all codes
+    plain = y_MD.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if plain or len(y_MD) <= rows or not hasattr(F, "linear_cross_entropy"):
+        return F.cross_entropy(F.linear(y_MD, weight_CD, bias_C).float(), codes_M, label_smoothing=smoothing)
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, allow_retain_graph=True)
+    nats = F.linear_cross_entropy(y_MD, weight_CD, codes_M, linear_bias=bias_C, options=options)
+    true = (y_MD * F.embedding(codes_M, weight_CD)).sum(1) + bias_C[codes_M]
+    return nats + smoothing * (true - y_MD @ weight_CD.mean(0) - bias_C.mean()).mean()
 
 
 def projection(text: nn.Module, onto: int) -> nn.Module:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.nn.transformer import Transformer
@@ -41,14 +40,14 @@ class MaskedTransformer(Masked):
         self.floor = ratio_floor(min_masked)
         self.transformer = Transformer(width, depth, heads, mlp, dropout, context=width if context else 0)
 
-    def logits(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor, context: Context | None = None) -> Tensor:
-        return self.predicted(self._outputs(tokens_BN, labels_B, context)[at_BN])
+    def states(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor, context: Context | None = None) -> Tensor:
+        return self._outputs(tokens_BN, labels_B, context)[at_BN]
 
     def nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
         counts = masked_counts(draw_ratios(len(codes_BN), self.floor, codes_BN.device), self.positions)
         masked = random_mask(counts, self.positions)
-        logits = self.logits(codes_BN.masked_fill(masked, self.mask_token), labels_B, masked, context)
-        return F.cross_entropy(logits.float(), codes_BN[masked], label_smoothing=self.label_smoothing)
+        y_MD = self.states(codes_BN.masked_fill(masked, self.mask_token), labels_B, masked, context)
+        return self.smoothed(y_MD, codes_BN[masked])
 
     def means(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> list[Tensor]:
         """`features` of `codes_BN`."""
