@@ -15,7 +15,6 @@ from helpers import QUIET, TINY, tokenizer_spec
 from latticode import figures, registry
 from latticode.cli import app
 from latticode.engine import ConfigError, TrainingError, TrainingStoppedError
-from latticode.engine.config import to_yaml
 from latticode.metrics.classifier import Classifier
 from latticode.quantizers.levels import recommend
 from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_sizes, study
@@ -130,10 +129,27 @@ def test_the_plan_refuses_what_it_cannot_do() -> None:
         replace(PLAN, recipe="maskgit", overrides=()).tokenizer_config(PLAN.jobs[0])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize=3", "unknown key 'batchsize'; nearest: batch_size"),
+        ("tokenizer.encoder.widht=8", "unknown key 'widht' for type 'conv_encoder'; nearest: width"),
+        ("prior.widht=8", "unknown key 'widht' for type 'maskgit'; nearest: width"),
+        ("prior.heads=3", "heads 3"),
+        ("prior.optimizer.rate=1", "unknown key 'optimizer.rate'"),
+    ],
+)
+def test_what_a_job_would_refuse_is_refused_before_anything_trains(tmp_path, text, message) -> None:
+    plan = replace(PLAN, prior=True, overrides=(*SMALL, text))
+    with pytest.raises(ValueError, match=message):
+        study(plan, tmp_path, console=QUIET)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_override_of_priors_is_of_their_run_or_of_the_prior(tmp_path) -> None:
     plan = replace(PLAN, overrides=("prior.width=16", "prior.heads=2", "prior.batch_size=7", "prior.optimizer.lr=1e-4"))
-    (tmp_path / "config.yaml").write_text(to_yaml(plan.tokenizer_config(plan.jobs[0])))
     config = plan.prior_config(plan.jobs[0], tmp_path)
+    assert config.data == plan.tokenizer_config(plan.jobs[0]).data
     assert (config.prior["width"], config.batch_size, config.optimizer.lr) == (16, 7, 1e-4)
     assert plan.tokenizer_config(plan.jobs[0]).batch_size != 7
 
@@ -269,7 +285,8 @@ def test_a_failing_job_is_recorded_and_the_others_go_on(copied, monkeypatch) -> 
 
     with monkeypatch.context() as patch:
         patch.setattr(study_run, "train", train)
-        study(PLAN, copied, console=QUIET)
+        with pytest.raises(TrainingError, match=f"1 of 4 jobs failed: {broken.name}; .*study.html"):
+            study(PLAN, copied, console=QUIET)
     rows = lines(copied)
     assert [row["error"] for row in rows] == ["", "loss mse is not finite <b>", "", ""]
     assert (rows[1]["psnr"], rows[2]["psnr"]) == ("", whole[2]["psnr"])

@@ -356,14 +356,17 @@ def _fill(spec: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     return {k: known[k] for k in known if k in parameters} | filled
 
 
-def load_config(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """The run of a recipe (name or path) with overrides. A prior's `data` starts from that of its tokenizer's run."""
+def load_config(recipe: str, overrides: Iterable[str] = (), tokenizer: RunConfig | None = None) -> RunConfig:
+    """The run of a recipe (name or path) with overrides. A prior's `data` starts from that of its tokenizer's run:
+    `tokenizer`, for one that is yet to be trained, or what its folder says."""
     content = override(read_recipe(recipe), overrides)
-    if isinstance(tokenizer := content.get("tokenizer"), str) and not (Path(tokenizer) / "config.json").is_file():
-        run = read_run(Path(tokenizer))  # a run; a folder of save_pretrained has config.json and says nothing of data
-        if run.kind != "tokenizer":
-            raise ConfigError(f"{tokenizer} is the run of a {run.kind}; a tokenizer's is needed")
-        content["data"] = run.data.model_dump(mode="json") | content.get("data", {})
+    folder = content.get("tokenizer")
+    if tokenizer is None and isinstance(folder, str) and not (Path(folder) / "config.json").is_file():
+        tokenizer = read_run(Path(folder))  # a folder of save_pretrained, which has config.json, says nothing of data
+        if tokenizer.kind != "tokenizer":
+            raise ConfigError(f"{folder} is the run of a {tokenizer.kind}; a tokenizer's is needed")
+    if tokenizer is not None:
+        content["data"] = tokenizer.data.model_dump(mode="json") | content.get("data", {})
     return validate(content)
 
 

@@ -11,7 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latticode.engine.config import ConfigError, RunConfig, differences, load_config, override, read_recipe, validate
+from latticode.engine.config import (
+    ConfigError,
+    RunConfig,
+    complete,
+    differences,
+    load_config,
+    override,
+    read_recipe,
+    validate,
+)
 from latticode.files import write_text
 from latticode.quantizers.levels import recommend
 from latticode.registry import build, nearest
@@ -172,7 +181,15 @@ class Plan:
         """The run of a prior over the tokens of `tokenizer`, a run."""
         own = [_of_run(text) for text in self.overrides if text.startswith("prior.")]
         more = [f"tokenizer={json.dumps(str(tokenizer))}", f"seed={job.seed}", f"steps={max(self.prior_steps, 1)}"]
-        return _warmed(load_config(RECIPES["prior"], [*own, *more]))
+        return _warmed(load_config(RECIPES["prior"], [*own, *more], self.tokenizer_config(job)))
+
+    def check(self) -> None:
+        """Raise ConfigError or ValueError, before anything trains, for what the tokenizers or priors would refuse."""
+        for name in self.quantizers:
+            job = Job(name, self.sizes[0], 0)
+            complete(self.tokenizer_config(job), classes=0)
+            if self.prior:
+                build(complete(self.prior_config(job, Path("tokenizer")), classes=0, vocab=[16], grid=[4, 4]).model)
 
     def estimate(self, job: Job) -> float:
         """Seconds of a job as far as they are known; else 1 for every job."""

@@ -40,9 +40,11 @@ def study(
     """Do what `folder` lacks of `plan`, or the `shard` (i, n) of it, and write study.csv and study.html there.
 
     Returns the path of the page. Where `folder` holds a plan already, its steps are taken. A job that fails is recorded
-    and tried again by the next call. Raises ValueError for a folder with another study, for a budget that pays for no
-    step, and for a part of a study whose steps are not known yet: shards must not measure them each for itself.
+    and tried again by the next call. Raises ValueError for overrides that a job would refuse, for a folder with another
+    study, for a budget that pays for no step, and for a part of a study whose steps are not known yet: shards must not
+    measure them each for itself. Raises TrainingError in the end, with everything else done, if jobs failed.
     """
+    plan.check()
     plan = _settled(plan, folder, shard, console)
     if plan_only:
         return folder / "study.json"
@@ -60,7 +62,13 @@ def study(
         console.print(f"{number}/{len(todo)} {job.name}: {said}; {_duration(left)} left", markup=False, soft_wrap=True)
     rows = read_rows(folder, plan)
     write_csv(folder / "study.csv", rows)
-    return write_study_page(folder, plan, rows)
+    page = write_study_page(folder, plan, rows)
+    if failed := [job.name for job in mine if not finished(folder, plan, job)]:
+        raise TrainingError(
+            f"{len(failed)} of {len(mine)} jobs failed: {', '.join(failed)}; {page} has the others and says why; "
+            "the same command tries them again"
+        )
+    return page
 
 
 def run_job(plan: Plan, job: Job, folder: Path, references: dict[str, Reference] | None = None) -> str:
