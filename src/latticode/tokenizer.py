@@ -87,6 +87,11 @@ class Tokenizer(Pretrained):
         return self.quantizer.vocab
 
     @property
+    def radix(self) -> tuple[int, ...] | None:
+        """Sizes of the digits of every code, if the quantizer has such."""
+        return self.quantizer.radix
+
+    @property
     def bits(self) -> float:
         """Bits per position at a uniform distribution of codes."""
         return sum(math.log2(size) for size in self.vocab)
@@ -217,6 +222,11 @@ class HierarchicalTokenizer(Tokenizer):
     @property
     def vocab(self) -> tuple[int, ...]:
         return self.top.vocab + self.quantizer.vocab * math.prod(self.top.strides)
+
+    @property
+    def radix(self) -> tuple[int, ...] | None:
+        """Those of the quantizers if all have the same."""
+        return self.quantizer.radix if self.quantizer.radix == self.top.radix else None
 
     def soften(self, images: Tensor, temperature: float) -> Softened:
         raise ValueError("codes of several grids cannot be drawn: the distributions of each depend on those above")

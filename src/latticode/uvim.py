@@ -105,6 +105,10 @@ class UViM(Pretrained):
         return self.quantizer.vocab
 
     @property
+    def radix(self) -> tuple[int, ...] | None:
+        return self.quantizer.radix
+
+    @property
     def bits(self) -> float:
         """Bits per position at a uniform distribution of codes."""
         return self.quantizer.bits

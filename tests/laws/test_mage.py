@@ -90,11 +90,11 @@ def test_logits_are_those_of_each_image_by_itself(drop: bool):
         out_of = dict(zip(met, y[1:], strict=True))
         rows = [y[0], *(y[0] if masked[b, n] else out_of[n] for n in range(16))]
         z = prior.decoder((torch.stack(rows) + prior.decoder_position)[None])[0]
-        expected.append(prior.predicted(z[1:][masked[b]]))
-    got = prior.predicted(prior.states(tokens, labels, masked, dropped_BN=dropped if drop else None))
+        expected.append(prior.predicted(z[1:][masked[b]])[0])
+    got = prior.predicted(prior.states(tokens, labels, masked, dropped_BN=dropped if drop else None))[0]
     torch.testing.assert_close(got, torch.cat(expected), atol=1e-4, rtol=1e-4)
     some = masked & (torch.arange(16) % 3 == 0)  # those that are not asked for are masked all the same
-    few = prior.predicted(prior.states(tokens, labels, some, dropped_BN=dropped if drop else None))
+    few = prior.predicted(prior.states(tokens, labels, some, dropped_BN=dropped if drop else None))[0]
     torch.testing.assert_close(few, got[some[masked]])
 
 
@@ -111,7 +111,9 @@ def test_loss_is_the_smoothed_cross_entropy_of_masked_positions_alone():
     torch.manual_seed(5)
     masked, dropped = prior.masks(3)
     tokens = codes.flatten(1).masked_fill(masked, prior.mask_token)
-    log_p = prior.predicted(prior.states(tokens, torch.tensor([-1, 0, 1]), masked, dropped_BN=dropped)).log_softmax(-1)
+    log_p = prior.predicted(prior.states(tokens, torch.tensor([-1, 0, 1]), masked, dropped_BN=dropped))[0].log_softmax(
+        -1
+    )
     true = log_p.gather(-1, codes.flatten(1)[masked][:, None])[:, 0]
     torch.testing.assert_close(loss, -(0.8 * true + 0.2 * log_p.mean(-1)).mean())
 

@@ -9,11 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers import Largest
-from latticode.kernels import entropies
 from latticode.priors import masked
 from latticode.priors.base import guided
 from latticode.priors.masked import Context
@@ -172,7 +169,7 @@ def test_loss_is_the_smoothed_cross_entropy_of_masked_positions_alone():
     calls = spy(prior)
     loss = prior.loss(codes)["cross_entropy"]
     tokens, labels, at = calls[0]
-    everywhere = prior.predicted(prior.states(tokens, labels, torch.ones_like(at))).log_softmax(-1).view(3, 16, 11)
+    everywhere = prior.predicted(prior.states(tokens, labels, torch.ones_like(at)))[0].log_softmax(-1).view(3, 16, 11)
     true = everywhere.gather(-1, codes.flatten(1)[..., None])[..., 0]
     expected = -(0.8 * true + 0.2 * everywhere.mean(-1))[at].mean()
     torch.testing.assert_close(loss, expected)
@@ -190,71 +187,8 @@ def test_unmasked_positions_give_no_gradient():
     loss = prior.loss(codes.masked_fill(visible, 7))["cross_entropy"]
     assert torch.equal(calls[0][2], calls[1][2])
     (gradient,) = torch.autograd.grad(loss, prior.bias)
-    p = prior.predicted(prior.states(*calls[1])).softmax(-1).mean(0)
+    p = prior.predicted(prior.states(*calls[1]))[0].softmax(-1).mean(0)
     torch.testing.assert_close(gradient, p - torch.eye(11)[0])
-
-
-# --- many codes
-
-needs_tiles = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch before 2.13")
-
-
-def head(positions: int, codes: int) -> tuple[Tensor, ...]:
-    """States, weights, biases, the true codes."""
-    generator = torch.Generator().manual_seed(0)
-    y, weight = torch.randn(positions, 6, generator=generator), torch.randn(codes, 6, generator=generator)
-    return y, weight, torch.randn(codes, generator=generator), torch.randint(codes, (positions,), generator=generator)
-
-
-def in_tiles(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(entropies, "LEAST", rows)
-    monkeypatch.setattr(entropies, "CPU_TILE", 1)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("positions", [1, 7, 8, 9, 61])
-def test_cross_entropy_of_many_codes_is_that_of_whole_logits(
-    positions: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
-):
-    in_tiles(monkeypatch, 2)
-    *inputs, codes = head(positions, 40)
-    inputs = [t.requires_grad_() for t in inputs]
-    ours = masked.head_cross_entropy(*inputs, codes, smoothing)
-    wide = [t.detach().double().requires_grad_() for t in inputs]
-    exact = F.cross_entropy(F.linear(*wide), codes, label_smoothing=smoothing)
-    assert ours.item() == pytest.approx(exact.item(), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(ours * 3, inputs), torch.autograd.grad(exact * 3, wide), strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
-
-
-@needs_tiles
-def test_no_tensor_of_the_loss_grows_with_positions_times_codes(monkeypatch: pytest.MonkeyPatch):
-    in_tiles(monkeypatch, 8)
-    *inputs, codes = head(2000, 500)
-    with Largest() as largest:
-        masked.head_cross_entropy(*(t.requires_grad_() for t in inputs), codes, 0.1).backward()
-    assert largest.numel <= 4 * 8 * 500
-    with torch.autocast("cpu", dtype=torch.bfloat16), Largest() as largest:
-        masked.head_cross_entropy(*inputs, codes, 0.1)
-    assert largest.numel == 2000 * 500, "half precision takes PyTorch's plain path"
-
-
-def test_tiles_change_neither_samples_nor_bits(monkeypatch: pytest.MonkeyPatch):
-    prior = small(vocab=[300])
-    cond = Conditioning(torch.tensor([0, 1, 1, 0]))
-    codes = torch.randint(300, (4, 4, 4, 1))
-
-    def results() -> tuple[Tensor, Tensor]:
-        return prior.sample(4, cond, sampling=Sampling(steps=4, guidance=2.0)), prior.bits(codes, cond)
-
-    whole, in_one = results()
-    in_tiles(monkeypatch, 3)
-    sampled, bits = results()
-    assert torch.equal(sampled, whole)
-    torch.testing.assert_close(bits, in_one)
-    with Largest() as largest:
-        results()
-    assert largest.numel < 64 * 300, "positions times codes"
 
 
 # --- sampling
@@ -296,7 +230,7 @@ def test_without_noise_the_least_confident_draws_are_masked_again():
         prior.position.normal_(std=1.0)  # confidences that differ between positions
     prior.sample(2, sampling=Sampling(steps=3, noise=0.0, temperature=0.0))
     (tokens, labels, at), (_, _, again), _ = list(calls)
-    log_p = prior.eval().predicted(prior.states(tokens, labels, at)).log_softmax(-1).amax(-1).view(2, 16)
+    log_p = prior.eval().predicted(prior.states(tokens, labels, at))[0].log_softmax(-1).amax(-1).view(2, 16)
     for row in range(2):
         assert log_p[row][again[row]].max() <= log_p[row][~again[row]].min()
 

@@ -94,11 +94,11 @@ def test_the_bottom_is_told_every_top_code():
     top, bottom = (level.flatten(1) for level in unpacked(codes, 2))
     labels, at = torch.tensor([-1]), torch.ones_like(bottom, dtype=torch.bool)
     tokens = torch.full_like(bottom, prior.bottom.mask_token)
-    before = prior.bottom.predicted(prior.bottom.states(tokens, labels, at, prior._below(top, None)))
+    before = prior.bottom.predicted(prior.bottom.states(tokens, labels, at, prior._below(top, None)))[0]
     for n in range(6):
         changed = top.clone()
         changed[:, n] = (changed[:, n] + 1) % 5
-        after = prior.bottom.predicted(prior.bottom.states(tokens, labels, at, prior._below(changed, None)))
+        after = prior.bottom.predicted(prior.bottom.states(tokens, labels, at, prior._below(changed, None)))[0]
         assert ((after - before).abs().amax(-1) > 1e-4).all(), "at every position"
 
 
@@ -160,7 +160,9 @@ def test_losses_are_those_of_both_levels():
     assert list(terms) == ["top_cross_entropy", "cross_entropy"]
     for name, level, grid in zip(("top", "bottom"), terms.values(), unpacked(codes, 2), strict=True):
         tokens, labels, at, context = calls[name][0]
-        log_p = getattr(prior, name).predicted(getattr(prior, name).states(tokens, labels, at, context)).log_softmax(-1)
+        log_p = (
+            getattr(prior, name).predicted(getattr(prior, name).states(tokens, labels, at, context))[0].log_softmax(-1)
+        )
         true = log_p.gather(-1, grid.flatten(1)[at][:, None])[:, 0]
         torch.testing.assert_close(level, -(0.8 * true + 0.2 * log_p.mean(-1)).mean())
         assert torch.equal(tokens[~at], grid.flatten(1)[~at])

@@ -325,8 +325,16 @@ def _say(error: Any, parts: Iterable[Any], valid: Iterable[str]) -> str:
     return f"{place}: {error['msg']}, got {error['input']!r}"
 
 
-def complete(config: RunConfig, *, classes: int, vocab: Iterable[int] = (), grid: Iterable[int] = ()) -> RunConfig:
-    """Fill in what data and tokenizer determine (channels, classes, vocab, grid) where the recipe leaves it open."""
+def complete(
+    config: RunConfig,
+    *,
+    classes: int,
+    vocab: Iterable[int] = (),
+    grid: Iterable[int] = (),
+    radix: Iterable[int] | None = None,
+) -> RunConfig:
+    """Fill in what data and tokenizer determine (channels, classes, vocab, grid) where the recipe leaves it open, and
+    the `radix` of the tokenizer's codes where it says `digits: own`."""
     content = config.model_dump(mode="json")
     known: dict[str, Any] = {
         "in_channels": 3 if isinstance(config.data, DenseData) else config.data.channels,  # label maps are not seen
@@ -336,6 +344,8 @@ def complete(config: RunConfig, *, classes: int, vocab: Iterable[int] = (), grid
         "vocab": list(vocab),
         "grid": list(grid),
     }
+    if isinstance(content[config.kind], dict) and content[config.kind].get("digits") == "own":
+        content[config.kind]["digits"] = None if radix is None else list(radix)
     try:
         for key in (config.kind, "objective"):
             content[key] = _fill(content[key], known)

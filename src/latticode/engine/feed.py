@@ -37,6 +37,7 @@ class Feed:
     classes: tuple[str, ...] = ()
     vocab: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
+    radix: tuple[int, ...] | None = None
     tokenizer: Any = None  # of a prior
     texts: Callable[[], Iterator[str]] = lambda: iter(())  # all captions of a prior's training images
 
@@ -86,7 +87,7 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
         tokens = TokenDataset(folder / "tokens", expect_hash=tokenizer.fingerprint())
         batches, skipped = TokenLoader(tokens, config.batch_size, **stream).batches, tokens.manifest["skipped"]
         texts = partial(_texts, tokens)
-    return Feed(batches, held_out.epoch, skipped, classes, tokenizer.vocab, grid, tokenizer, texts)
+    return Feed(batches, held_out.epoch, skipped, classes, tokenizer.vocab, grid, tokenizer.radix, tokenizer, texts)
 
 
 def open_loader(config: RunConfig, split: str, *, batch_size: int, shard: bool = False, whole: bool = False) -> Loader:

@@ -153,7 +153,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     accelerator = Accelerator(mixed_precision=config.precision, gradient_accumulation_steps=1)
     main = accelerator.is_main_process
     feed = open_feed(config, folder, accelerator.device, console if main else Console(quiet=True))
-    config = complete(config, classes=len(feed.classes), vocab=feed.vocab, grid=feed.grid)
+    config = complete(config, classes=len(feed.classes), vocab=feed.vocab, grid=feed.grid, radix=feed.radix)
     ramps = config.ramps
     if moved := [key for key in ramps if not key.startswith("weights.")]:
         check_movable(config.spec, moved)

@@ -38,6 +38,7 @@ class MAGE(Masked):
         min_masked: the least share of masked positions in training, and the share that the encoder does not meet.
         mean_masked, std_masked: of the normal distribution that the share is drawn from, on [min_masked, 1].
         label_dropout: probability that training hides the label, for guidance.
+        digits, inner_depth: as for `MaskGIT`.
     """
 
     def __init__(
@@ -56,12 +57,15 @@ class MAGE(Masked):
         mean_masked: float = 0.55,
         std_masked: float = 0.25,
         label_dropout: float = 0.1,
+        digits: Sequence[int] | None = None,
+        inner_depth: int = 0,
     ) -> None:
-        super().__init__(vocab, grid, classes, width, dropout, label_smoothing, label_dropout)
+        rates = dropout, label_smoothing, label_dropout
+        super().__init__(vocab, grid, classes, width, heads, mlp, *rates, digits, inner_depth)
         check_rates(min_masked=min_masked)
         if not 0 < std_masked < math.inf:
             raise ValueError(f"std_masked must be > 0, got {std_masked}")
-        self.depth, self.decoder_depth, self.heads, self.mlp = depth, decoder_depth, heads, mlp
+        self.depth, self.decoder_depth = depth, decoder_depth
         self.min_masked, self.mean_masked, self.std_masked = min_masked, mean_masked, std_masked
         self.encoder = Transformer(width, depth, heads, mlp, dropout)
         self.link = nn.Linear(width, width)

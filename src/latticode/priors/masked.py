@@ -1,6 +1,6 @@
 """What masked priors share: the embedding and the head, the decoding in a few parallel steps, and what it costs.
 
-B batch, N positions, C codes, M masked positions of the whole batch, D width, S states of a context.
+B batch, N positions, C codes of S digits, M masked positions of the whole batch, D width, T states of a context.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from latticode.priors.base import (
     uniforms,
 )
 from latticode.priors.schedules import RAMPS, ranks, remask_counts, spread_groups
+from latticode.priors.symbols import Digits, Sequential, nats, table_of
 from latticode.types import Conditioning, Sampling
 
 GROUPS = 12  # of the schedule of `bits`; M2T finds the gain of more groups saturated by about 8
@@ -59,17 +60,22 @@ class Told(NamedTuple):
 class Context(NamedTuple):
     """What a network attends to beside its own positions."""
 
-    states: Tensor  # (B, S, D)
-    mask: Tensor  # (B, S) bool: which of them there are
+    states: Tensor  # (B, T, D)
+    mask: Tensor  # (B, T) bool: which of them there are
 
 
 class Masked(Prior):
-    """One shared embedding holds C codes, the classes and MASK, which is also the class token of 'no label'.
+    """One shared embedding holds the codes, the classes and MASK, which is also the class token of 'no label'.
+
+    A code may be cut into `digits` (`symbols.Digits`): it is embedded as their sum, and each of them is predicted from
+    the same state, or with `inner_depth` > 0 from those before it too, by a small transformer. So 2^18 codes cost two
+    softmaxes over 512, as in MAGVIT-v2 (2310.05737, section 3.2).
 
     A subclass says by `states` what it makes of a partly masked image, and by `nats` what it learns from.
     """
 
     uses = IN_ORDER | {"steps", "noise", "schedule", "guidance_schedule"}
+    offsets: Tensor
 
     def __init__(
         self,
@@ -77,26 +83,38 @@ class Masked(Prior):
         grid: Sequence[int],
         classes: int,
         width: int,
+        heads: int,
+        mlp: float,
         dropout: float,
         label_smoothing: float,
         label_dropout: float,
+        digits: Sequence[int] | None = None,
+        inner_depth: int = 0,
     ) -> None:
         super().__init__(vocab, grid, classes)
         if len(self.vocab) != 1:
             name = type(self).__name__
             raise ValueError(f"{name} models one code per position, got {len(self.vocab)} (vocab {self.vocab})")
         check_rates(dropout=dropout, label_smoothing=label_smoothing, label_dropout=label_dropout)
-        self.width, self.dropout = width, dropout
+        if inner_depth < 0:
+            raise ValueError(f"inner_depth must be >= 0 (0 = digits are independent), got {inner_depth}")
+        self.width, self.heads, self.mlp, self.dropout = width, heads, mlp, dropout
         self.label_smoothing, self.label_dropout = label_smoothing, label_dropout
-        self.code_count = self.vocab[0]  # C; the label y is token C + y
-        self.mask_token = self.code_count + self.classes
+        self.digits, self.inner_depth = None if digits is None else list(digits), inner_depth
+        self.symbols = Digits(self.vocab, self.digits)
+        self.mask_token = self.vocab[0]  # stands in the place of a code
 
-        self.embedding = nn.Embedding(self.mask_token + 1, width)
+        sizes, levels = self.symbols.sizes, [1] * len(self.symbols.sizes)
+        self.rows, starts = table_of(sizes, levels)  # of the digits; then come the classes, then MASK
+        self.register_buffer("offsets", starts, persistent=False)
+        self.embedding = nn.Embedding(self.rows + self.classes + 1, width)
         self.position = nn.Parameter(torch.empty(self.positions + 1, width))  # the class token comes first
         self.input = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout))
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.bias = nn.Parameter(torch.zeros(self.code_count))
         self.head.apply(initialise)
+        inner = Sequential(sizes, width, inner_depth, heads, mlp, dropout, "gpt", levels) if inner_depth else None
+        self.bias = nn.Parameter(torch.zeros(self.rows)) if inner is None else None
+        self.inner = inner
         for weight in (self.embedding.weight, self.position):
             nn.init.normal_(weight, std=width**-0.5)  # logits of unit variance at first, at any width
 
@@ -161,15 +179,15 @@ class Masked(Prior):
             at_BN = torch.zeros_like(tokens_BN, dtype=torch.bool)
             at_BN[:, group] = True
             tiles = self._tiles(self.states(tokens_BN, labels_B, at_BN, context)[None], codes_BN[at_BN])
-            nats = torch.cat([F.cross_entropy(logits[0], true, reduction="none") for logits, true in tiles])
-            total += nats.view(len(codes_BN), len(group)).sum(1) / math.log(2)
+            found = [nats(self.predicted(y[0], true), self.symbols.split(true[:, None])).sum(1) for y, true in tiles]
+            total += torch.cat(found).view(len(codes_BN), len(group)).sum(1) / math.log(2)
             tokens_BN = torch.where(at_BN, codes_BN, tokens_BN)
         return total
 
     def noise_shape(self, sampling: Sampling) -> tuple[int, int, int]:
         """Of the uniform numbers that `fill` needs for an image: no more passes than positions, and of these as many
         as there may be, because an image's noise must not depend on the others of its batch."""
-        return min(sampling.steps, self.positions), 2, self.positions
+        return min(sampling.steps, self.positions), len(self.symbols.sizes) + 1, self.positions
 
     def fill(
         self, codes_BN: Tensor, labels: Tensor, context: Context | None, sampling: Sampling, noise: Tensor
@@ -190,56 +208,84 @@ class Masked(Prior):
             branches = len(labels) // len(tokens)  # the second without a condition
             y = self.states(tokens.repeat(branches, 1), labels, unknown.repeat(branches, 1), context)
             guidance = sampling.guidance * RAMPS[sampling.guidance_schedule](ratio)
-            drawn, log_p = self._drawn(y.view(branches, -1, self.width), u[:, 0][unknown], sampling, guidance)
+            drawn, log_p = self._drawn(y.view(branches, -1, self.width), u[:, :-1].mT[unknown], sampling, guidance)
             tokens = tokens.masked_scatter(unknown, drawn)
             confidence = torch.zeros(tokens.shape, device=tokens.device).masked_scatter(unknown, log_p)
-            confidence += sampling.noise * max(0.0, 1 - ratio) * gumbel(u[:, 1])
+            confidence += sampling.noise * max(0.0, 1 - ratio) * gumbel(u[:, -1])
             unknown = ranks(confidence.masked_fill(~unknown, math.inf)) < left[:, None]
             tokens = tokens.masked_fill(unknown, self.mask_token)
         return tokens
 
-    def _drawn(self, y_GMD: Tensor, u_M: Tensor, sampling: Sampling, guidance: float) -> tuple[Tensor, Tensor]:
+    def _drawn(self, y_GMD: Tensor, u_MS: Tensor, sampling: Sampling, guidance: float) -> tuple[Tensor, Tensor]:
         """Tokens (M,) and the log p of each, from states of G = 1 branch or 2, of which `guidance` leads away from the
         second."""
         tokens, log_p = [], []
-        for branches, u in self._tiles(y_GMD, u_M):
-            logits = guided(branches[0], branches[1], guidance) if len(branches) > 1 else branches[0]
-            tokens.append(draw(filtered(logits, sampling), u))
-            log_p.append(logits.gather(-1, tokens[-1][:, None])[:, 0] - logits.logsumexp(-1))
+        for y, u in self._tiles(y_GMD, u_MS):
+            symbols, sure = self._generated(y, u, sampling, guidance)
+            tokens.append(self.symbols.join(symbols)[:, 0])
+            log_p.append(sure)
         chosen = torch.cat(log_p)
         if not bool(chosen.isfinite().all()):
             raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
         return torch.cat(tokens), chosen
 
+    def _generated(self, y_GMD: Tensor, u_MS: Tensor, sampling: Sampling, guidance: float) -> tuple[Tensor, Tensor]:
+        """The digits (M, S) of `_drawn`, and the sum of their log p (M,)."""
+        digits, log_p = [], []
+
+        def choose(slot: int, logits: Tensor) -> Tensor:
+            branches = logits.float().unflatten(0, y_GMD.shape[:2])
+            one = guided(branches[0], branches[1], guidance) if len(branches) > 1 else branches[0]
+            digits.append(draw(filtered(one, sampling), u_MS[:, slot]))
+            log_p.append(one.gather(-1, digits[-1][:, None])[:, 0] - one.logsumexp(-1))
+            return self.embedding(digits[-1] + self.offsets[slot]).repeat(len(branches), 1)
+
+        if self.inner is None:
+            for slot, logits in enumerate(self.predicted(y_GMD.flatten(0, 1))):
+                choose(slot, logits)
+        else:
+            self.inner.generate(self.head(y_GMD.flatten(0, 1)), choose)
+        return torch.stack(digits, dim=-1), torch.stack(log_p).sum(0)
+
     def embedded(self, tokens_BN: Tensor, labels_B: Tensor) -> Tensor:
         """The class token and the positions (B, 1 + N, D)."""
-        classes_B = torch.where(labels_B < 0, self.mask_token, labels_B + self.code_count)
-        return self.input(self.embedding(torch.cat([classes_B[:, None], tokens_BN], dim=1)) + self.position)
+        masked_BN1 = (tokens_BN == self.mask_token)[..., None]
+        symbols_BNS = self.symbols.split(tokens_BN[..., None].masked_fill(masked_BN1, 0)) + self.offsets
+        classes_B = torch.where(labels_B < 0, self.classes, labels_B) + self.rows
+        x_BND = self.embedding(symbols_BNS).sum(2)
+        x_BND = torch.where(masked_BN1, self.embedding.weight[-1], x_BND)
+        return self.input(torch.cat([self.embedding(classes_B)[:, None], x_BND], dim=1) + self.position)
 
-    def predicted(self, y: Tensor) -> Tensor:
-        """Logits (..., C) of states (..., D).
+    def predicted(self, y_MD: Tensor, codes_M: Tensor | None = None) -> list[Tensor]:
+        """Logits (M, size) of each of the S digits, that of whole codes (M, C); of those in turn given `codes_M`.
 
         Only of the positions that are asked for: with tens of thousands of codes they cost more than the blocks, and
         `bits` and the later passes of `sample` ask for few.
         """
-        return F.linear(self.head(y), *self._codes())
+        h_MD = self.head(y_MD)
+        if self.inner is None:
+            return list(F.linear(h_MD, self.embedding.weight[: self.rows], self.bias).split(self.symbols.sizes, dim=-1))
+        assert codes_M is not None
+        return self.inner(h_MD, self.embedding(self.symbols.split(codes_M[:, None]) + self.offsets))
 
     def smoothed(self, y_MD: Tensor, codes_M: Tensor) -> Tensor:
-        """The cross entropy of `codes_M` at positions of states `y_MD`, with label smoothing: mean nats, a scalar."""
-        return head_cross_entropy(self.head(y_MD), *self._codes(), codes_M, self.label_smoothing)
-
-    def _codes(self) -> tuple[Tensor, Tensor]:
-        """Weights (C, D) and biases (C,) of the logits."""
-        return self.embedding.weight[: self.code_count], self.bias
+        """The cross entropy of `codes_M` at positions of states `y_MD`, with label smoothing of each digit: nats per
+        position, a scalar."""
+        if self.bias is not None and len(self.symbols.sizes) == 1:
+            weight_CD = self.embedding.weight[: self.rows]
+            return head_cross_entropy(self.head(y_MD), weight_CD, self.bias, codes_M, self.label_smoothing)
+        symbols_SM = self.symbols.split(codes_M[:, None]).unbind(-1)
+        pairs = zip(self.predicted(y_MD, codes_M), symbols_SM, strict=True)
+        parts = [F.cross_entropy(p.float(), true, label_smoothing=self.label_smoothing) for p, true in pairs]
+        return torch.stack(parts).sum()
 
     def _tiles(self, y_GMD: Tensor, of_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits (G, m, C) of a few positions at a time, and what `of_M` holds of these.
+        """States (G, m, D) of a few positions at a time, and what `of_M` holds of these.
 
         Logits of all positions of a batch would fill memory, which costs more than to compute them.
         """
-        rows = tile_rows(y_GMD, y_GMD.shape[0] * self.code_count)
-        for y, of in zip(y_GMD.split(rows, dim=1), of_M.split(rows), strict=True):
-            yield self.predicted(y).float(), of
+        size = tile_rows(y_GMD, y_GMD.shape[0] * self.rows)
+        return zip(y_GMD.split(size, dim=1), of_M.split(size), strict=True)
 
 
 def head_cross_entropy(

@@ -1,6 +1,6 @@
 """MaskGIT (2202.04200): a bidirectional transformer over partly masked codes, sampled in a few parallel steps.
 
-B batch, N positions, C codes, M masked positions of the whole batch, D width, S states of a context.
+B batch, N positions, C codes, M masked positions of the whole batch, D width, T states of a context.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from latticode.types import Conditioning
 
 
 class MaskedTransformer(Masked):
-    """MaskGIT's network and how it learns. With `context` it attends to (B, S, D) that its caller gives it."""
+    """MaskGIT's network and how it learns. With `context` it attends to (B, T, D) that its caller gives it."""
 
     def __init__(
         self,
@@ -32,11 +32,13 @@ class MaskedTransformer(Masked):
         label_smoothing: float,
         min_masked: float,
         label_dropout: float,
-        context: bool,
+        digits: Sequence[int] | None = None,
+        inner_depth: int = 0,
+        context: bool = False,
     ) -> None:
-        super().__init__(vocab, grid, classes, width, dropout, label_smoothing, label_dropout)
-        self.depth, self.heads, self.mlp = depth, heads, mlp
-        self.min_masked = min_masked
+        rates = dropout, label_smoothing, label_dropout
+        super().__init__(vocab, grid, classes, width, heads, mlp, *rates, digits, inner_depth)
+        self.depth, self.min_masked = depth, min_masked
         self.floor = ratio_floor(min_masked)
         self.transformer = Transformer(width, depth, heads, mlp, dropout, context=width if context else 0)
 
@@ -77,6 +79,10 @@ class MaskGIT(MaskedTransformer):
         min_masked: training masks more than this fraction of the positions; FSQ (A.4.2) traced unstable training to
             batches with hardly a masked position and uses 0.45.
         label_dropout: probability that training hides label and text, for guidance.
+        digits: sizes of the digits into which each code is cut, first digit fastest, or None for whole codes; they must
+            multiply to C. FSQ's levels, or powers of 2 for groups of LFQ's bits: MAGVIT-v2's is [512, 512] of 2^18.
+        inner_depth: blocks of the transformer that predicts the digits of a position one after another; 0: they are
+            independent given the other positions.
         text: what reads captions (`latticode.text`); every block attends to its states. None: there are none.
     """
 
@@ -93,10 +99,13 @@ class MaskGIT(MaskedTransformer):
         label_smoothing: float = 0.1,
         min_masked: float = 0.45,
         label_dropout: float = 0.1,
+        digits: Sequence[int] | None = None,
+        inner_depth: int = 0,
         text: nn.Module | None = None,
     ) -> None:
         rates = label_smoothing, min_masked, label_dropout
-        super().__init__(vocab, grid, classes, width, depth, heads, mlp, dropout, *rates, context=text is not None)
+        inner = digits, inner_depth, text is not None
+        super().__init__(vocab, grid, classes, width, depth, heads, mlp, dropout, *rates, *inner)
         self.text = text
         self.project = None if text is None else projection(text, width)
 

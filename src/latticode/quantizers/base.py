@@ -90,6 +90,15 @@ class Quantizer(nn.Module, ABC):
         return sum(math.log2(size) for size in self.vocab)
 
     @property
+    def radix(self) -> tuple[int, ...] | None:
+        """Sizes of the digits of every code, the first fastest, by which a prior may predict it; None: it has none.
+
+        A quantizer made of others has theirs if these are the same.
+        """
+        found = {part.radix for part in self.modules() if isinstance(part, Quantizer) and part is not self}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def reach(self) -> list[float]:
         """Half the width of the latents that a fixed grid serves, per channel; inf where it adapts to any.
 

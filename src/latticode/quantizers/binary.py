@@ -12,6 +12,7 @@ from latticode import distributed, kernels
 from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, token_mean
 from latticode.quantizers.gradients import straight_through
 
+DIGIT_BITS = 9
 LARGEST_BITS = 62  # of a code, an int64
 EXACT_BITS = 24  # of an entropy group: its distribution takes 2^24 numbers, 64 MB, several times over in training
 TINY = 1e-6  # latents whose greatest channel is below have no direction worth scaling up
@@ -49,6 +50,13 @@ class Binary(Quantizer):
         self.temperature, self.entropy_groups, self.factors = temperature, entropy_groups, factors
         # Integers survive .bfloat16(); nothing is saved, since the spec says it all.
         self.register_buffer("_basis", 2 ** torch.arange(dim // factors), persistent=False)
+
+    @property
+    def radix(self) -> tuple[int, ...]:
+        """Even groups of at most 9 bits, as MAGVIT-v2 has two of 9 in place of 18 bits."""
+        bits = self.dim // self.factors
+        groups = -(-bits // DIGIT_BITS)
+        return tuple(2 ** (bits // groups + (i < bits % groups)) for i in range(groups))
 
     @property
     @abstractmethod

@@ -78,6 +78,11 @@ class FSQ(Quantizer):
     _basis: Tensor
 
     @property
+    def radix(self) -> tuple[int, ...] | None:
+        """The levels, unless codes are split into factors already."""
+        return tuple(self.levels) if self.factors == 1 else None
+
+    @property
     def contraction(self) -> list[float]:  # type: ignore[override]
         """h / (1 + h), with h half the distance of neighbouring values: 1 / L for a grid that reaches -1 and 1."""
         return [1 / (level + (self.bound == "paper" and level % 2 == 0)) for level in self.levels]
