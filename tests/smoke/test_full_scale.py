@@ -70,6 +70,7 @@ PRIORS = {
     "dalle-imagetext": PublishedPrior("dvae-imagenet", 12e9, 0.03),
     "igpt-s-imagenet": PublishedPrior("palette-imagenet", 76e6, 0.01),
     "maskgit-imagenet": PublishedPrior("maskgit-vqgan-imagenet", 174e6, 0.01),  # of a port of the authors' code
+    "maskgit-magvit2-ucf101": PublishedPrior("magvit2-ucf101", 307e6, 0.01),
     "mage-imagenet": PublishedPrior("maskgit-vqgan-imagenet", 176e6 - 30_478_339, 0.01),  # theirs with the decoder's
     "muse-cc3m": PublishedPrior("vqvae2-imagenet", 632e6 + 268e6 + 27.3e6, 0.01),  # and the reader's
     "rqtransformer-imagenet": PublishedPrior("rqvae-imagenet", 480e6 + 16384 * 1536, 0.005),
@@ -129,6 +130,8 @@ def test_the_prior_is_as_published(name: str) -> None:
     given = {"vocab": codes.vocab, "grid": codes.grid, "classes": 1000}
     with torch.device("meta"):
         known = registry.parameters_of(registry.resolve(recipe["prior"]["type"]))
-        prior = build({**{key: given[key] for key in given if key in known}, **recipe["prior"]})
+        own = recipe["prior"].get("digits") == "own"
+        more = {"digits": build(read_recipe(published.tokenizer)["tokenizer"]).radix} if own else {}
+        prior = build({**{key: given[key] for key in given if key in known}, **recipe["prior"], **more})
     assert parameters(prior) == pytest.approx(published.parameters, rel=published.within)
     check(recipe["objective"])
