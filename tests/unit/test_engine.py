@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from helpers import FSQ_SPEC, QUIET, TINY, VQ_SPEC, tiny_config, tiny_tokenizer, tokenizer_spec
 from latticode import load
 from latticode.engine import ConfigError, TrainingError, load_config, loop, train
 from latticode.engine.checkpoint import STATE
-from latticode.engine.config import OptimizerConfig, complete, validate
+from latticode.engine.config import OptimizerConfig, complete, read_run, with_digits
 from latticode.engine.loop import learning_rate
 from latticode.objectives import TERMS
 
@@ -295,14 +296,16 @@ def test_what_data_determine_reaches_the_parts_of_a_list() -> None:
     assert [critic["channels"] for critic in filled] == [2, 1]  # what a recipe says, stands
 
 
-def test_digits_of_a_prior_are_those_of_its_tokenizer_where_it_says_own() -> None:
-    content = {"prior": {"type": "maskgit", "digits": "own"}, "tokenizer": "run", "data": {"source": "embedded:digits"}}
-    config = validate({**content, "weights": {}, "objective": {"type": "prior"}})
-    for radix in ((5, 3), None):
-        prior = complete(config, classes=0, vocab=[15], grid=[2, 2], radix=radix).prior
-        assert (prior["vocab"], prior["digits"]) == ([15], None if radix is None else [5, 3])
-    other = config.model_copy(update={"prior": {"type": "gpt", "digits": [3, 5]}})
-    assert complete(other, classes=0, vocab=[15], grid=[2, 2], radix=(5, 3)).prior["digits"] == [3, 5]
+def test_digits_of_a_prior_are_those_of_its_tokenizer_where_it_says_own(tmp_path) -> None:
+    tokenizer = train(tiny_config({"type": "fsq", "levels": [5, 3]}), tmp_path / "tokenizer", console=QUIET)
+    for digits, expected in (("own", [5, 3]), ("[3,5]", [3, 5]), ("null", None)):
+        spec = f"prior={{type: maskgit, width: 16, depth: 1, heads: 2, digits: {digits}}}"
+        config = load_config("maskgit", [f"tokenizer={tokenizer}", spec, "steps=1", "batch_size=4"])
+        run = train(config, tmp_path / digits, console=QUIET)
+        prior = load(run)
+        assert (prior.digits, prior.vocab) == (expected, [15])
+        assert read_run(run).prior["digits"] == yaml.safe_load(digits), "what was asked for"
+    assert with_digits({"type": "gpt", "digits": "own"}, None) == {"type": "gpt", "digits": None}
 
 
 def test_a_signal_in_the_middle_of_an_agreement_is_not_lost(monkeypatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from helpers import QUIET, TINY, tokenizer_spec
-from latticode import figures, registry
+from latticode import figures, load, registry
 from latticode.cli import app
 from latticode.engine import ConfigError, TrainingError, TrainingStoppedError
 from latticode.metrics.classifier import Classifier
@@ -350,14 +350,18 @@ def test_spread_over_seeds() -> None:
 
 def test_a_study_with_priors_that_measures_its_steps(tmp_path) -> None:
     network = str(Classifier(10, 1, 4).save_pretrained(tmp_path / "classifier"))
-    small = (*SMALL, "prior.width=16", "prior.depth=1", "prior.heads=2")
-    plan = Plan(PLAN.source, (16,), ("fsq",), 1, True, network, samples=4, limit=8, overrides=small, steps=2)
+    small = (*SMALL, "prior.width=16", "prior.depth=1", "prior.heads=2", "prior.digits=own", "prior.inner_depth=1")
+    both = ("fsq", "vq-ema")  # codes of VQ have no digits, and yet these are priors of one protocol
+    plan = Plan(PLAN.source, (16,), both, 1, True, network, samples=4, limit=8, overrides=small, steps=2)
     with pytest.raises(ValueError, match="raise --budget"):
         study(replace(plan, steps=0, budget=1e-3), tmp_path, console=QUIET)
     assert not (tmp_path / "study.json").exists()
     assert not (tmp_path / "calibration").exists()
     study(plan, tmp_path, console=QUIET)
-    (row,) = lines(tmp_path)
+    row, other = lines(tmp_path)
+    assert other["compression_cost"]
+    priors = [load(tmp_path / "jobs" / f"{name}-16-0" / "prior") for name in both]
+    assert [prior.digits for prior in priors] == [[5, 3], None]
     evaluation = json.loads((tmp_path / "jobs" / "fsq-16-0" / "prior" / "evaluation.json").read_text())
     for key in ("compression_cost", "fid_classifier", "recall_classifier"):
         assert float(row[key]) == evaluation[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -325,16 +325,8 @@ def _say(error: Any, parts: Iterable[Any], valid: Iterable[str]) -> str:
     return f"{place}: {error['msg']}, got {error['input']!r}"
 
 
-def complete(
-    config: RunConfig,
-    *,
-    classes: int,
-    vocab: Iterable[int] = (),
-    grid: Iterable[int] = (),
-    radix: Iterable[int] | None = None,
-) -> RunConfig:
-    """Fill in what data and tokenizer determine (channels, classes, vocab, grid) where the recipe leaves it open, and
-    the `radix` of the tokenizer's codes where it says `digits: own`."""
+def complete(config: RunConfig, *, classes: int, vocab: Iterable[int] = (), grid: Iterable[int] = ()) -> RunConfig:
+    """Fill in what data and tokenizer determine (channels, classes, vocab, grid) where the recipe leaves it open."""
     content = config.model_dump(mode="json")
     known: dict[str, Any] = {
         "in_channels": 3 if isinstance(config.data, DenseData) else config.data.channels,  # label maps are not seen
@@ -344,8 +336,6 @@ def complete(
         "vocab": list(vocab),
         "grid": list(grid),
     }
-    if isinstance(content[config.kind], dict) and content[config.kind].get("digits") == "own":
-        content[config.kind]["digits"] = None if radix is None else list(radix)
     try:
         for key in (config.kind, "objective"):
             content[key] = _fill(content[key], known)
@@ -353,6 +343,14 @@ def complete(
     except SpecError as error:
         raise ConfigError(str(error)) from None
     return RunConfig.model_validate(content)
+
+
+def with_digits(spec: registry.Spec, radix: Sequence[int] | None) -> registry.Spec:
+    """The spec of a prior with the `radix` of its tokenizer's codes where it says `digits: own`.
+
+    Only to build it: the run keeps the word, so that priors over different tokenizers have one configuration.
+    """
+    return {**spec, "digits": radix and list(radix)} if spec.get("digits") == "own" else spec
 
 
 def _fill(spec: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

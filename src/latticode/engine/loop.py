@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from latticode import distributed, registry
 from latticode.engine.checkpoint import cut_lines, load_state, save_state, saved_step
-from latticode.engine.config import ConfigError, OptimizerConfig, RunConfig, check_resumed, complete, to_yaml
+from latticode.engine.config import (
+    ConfigError,
+    OptimizerConfig,
+    RunConfig,
+    check_resumed,
+    complete,
+    to_yaml,
+    with_digits,
+)
 from latticode.engine.feed import learn_vocabulary, open_feed
 from latticode.engine.finetune import Parts, parts_from, start_from
 from latticode.engine.monitor import Monitor
@@ -153,13 +161,13 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     accelerator = Accelerator(mixed_precision=config.precision, gradient_accumulation_steps=1)
     main = accelerator.is_main_process
     feed = open_feed(config, folder, accelerator.device, console if main else Console(quiet=True))
-    config = complete(config, classes=len(feed.classes), vocab=feed.vocab, grid=feed.grid, radix=feed.radix)
+    config = complete(config, classes=len(feed.classes), vocab=feed.vocab, grid=feed.grid)
     ramps = config.ramps
     if moved := [key for key in ramps if not key.startswith("weights.")]:
         check_movable(config.spec, moved)
 
     torch.manual_seed(config.seed)
-    model = registry.build(config.model).to(accelerator.device)
+    model = registry.build(with_digits(config.model, feed.radix)).to(accelerator.device)
     objective: Objective = registry.build(config.objective).to(accelerator.device)
     schedules = Schedules(ramps, config.weights, model, config.steps)
     objective.weights = schedules.weights

@@ -20,6 +20,7 @@ from latticode.engine.config import (
     override,
     read_recipe,
     validate,
+    with_digits,
 )
 from latticode.files import write_text
 from latticode.quantizers.levels import recommend
@@ -189,7 +190,8 @@ class Plan:
             job = Job(name, self.sizes[0], 0)
             complete(self.tokenizer_config(job), classes=0)
             if self.prior:
-                build(complete(self.prior_config(job, Path("tokenizer")), classes=0, vocab=[16], grid=[4, 4]).model)
+                prior = complete(self.prior_config(job, Path("tokenizer")), classes=0, vocab=[16], grid=[4, 4])
+                build(with_digits(prior.model, None))
 
     def estimate(self, job: Job) -> float:
         """Seconds of a job as far as they are known; else 1 for every job."""
