@@ -146,15 +146,19 @@ def curves(title: str, series: Mapping[str, Series], *, log: bool = True) -> Fig
         return figure
 
 
-def trade_off(title: str, label: str, series: Mapping[str, Sequence[Point]], *, diagonal: bool = False) -> Figure:
-    """A line for each name of `series` through its means, with the spreads as bars; dashed where both axes agree."""
+def trade_off(
+    title: str, label: str, series: Mapping[str, Sequence[Point]], *, diagonal: bool = False, most: float = math.inf
+) -> Figure:
+    """A line for each name of `series` through its means, with the spreads as bars that end at `most`, beyond which no
+    value can be; dashed where both axes agree."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(4.4, 3.2)
         axes.set_title(title, parse_math=False)
         colours, markers = _cycle(COLOURS, len(series)), _cycle(MARKERS, len(series))
         for colour, marker, (name, points) in zip(colours, markers, series.items(), strict=True):
             x, mean, deviation = zip(*points, strict=True)
-            bars = deviation if any(deviation) else None
+            up = [min(d, most - m) for m, d in zip(mean, deviation, strict=True)]
+            bars = (deviation, up) if any(deviation) else None
             shape: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.3, "elinewidth": 0.8}
             axes.errorbar(x, mean, yerr=bars, color=colour, capsize=2, label=name, **shape)
         if diagonal:

@@ -331,6 +331,8 @@ def test_the_chart_shows_means_spreads_and_the_diagonal() -> None:
     assert not second.has_yerr
     assert axes.lines[-1].get_xydata().tolist() == [[4, 4], [8, 8]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fsq", "vq"]
+    (axes,) = figures.trade_off("usage", "bits", {"fsq": [(4.0, 98.0, 5.0)]}, most=100.0).axes
+    assert axes.containers[0].lines[2][0].get_segments()[0].tolist() == [[4, 93], [4, 100]]
 
 
 def test_distances_of_real_images_have_no_chart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -95,7 +96,8 @@ def _panel(rows: Sequence[Row], key: str, against: str, networked: dict[str, str
     title = networked.get(key) or TITLES[key]
     diagonal = against == "bits" and key in FRONTIERS
     label = BITS if against == "bits" else TITLES[against]
-    return Picture(figures.trade_off(title, label, series, diagonal=diagonal), width="half")
+    most = 100.0 if key == "usage" else math.inf
+    return Picture(figures.trade_off(title, label, series, diagonal=diagonal, most=most), width="half")
 
 
 def _scaled(value: Spread, factor: float) -> tuple[float, float]:
