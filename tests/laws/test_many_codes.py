@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers import Largest
 from latticode import FSQ, LFQ, registry
@@ -22,7 +22,7 @@ def small(codes: int, **changes: Any) -> MaskGIT:
     return MaskGIT([codes], [4, 4], 2, **{"width": 32, "depth": 2, "heads": 2, **changes})
 
 
-needs_tiles = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch before 2.13")
+needs_tiles = pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="an older PyTorch")
 
 
 def head(positions: int, codes: int) -> tuple[Tensor, ...]:

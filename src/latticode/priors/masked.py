@@ -293,13 +293,13 @@ def head_cross_entropy(
 ) -> Tensor:
     """The mean over positions of the cross entropy of `codes_M` under logits y W' + b, in nats; gradients flow.
 
-    On a CPU, from PyTorch 2.13 on, the logits of many codes are there for a few positions at a time, forward and
+    On a CPU, where PyTorch can (2.13 does), the logits of many codes are there for a few positions at a time, forward and
     backward: half the time and a fraction of the memory. PyTorch's own function for it knows no smoothing, but
     (1 - s) H(true) + s mean H(k) = H(true) + s (l_true - mean l), which needs no other logits than the true ones.
     """
     rows = 4 * tile_rows(y_MD, len(weight_CD))  # each step also reads and writes the gradients of all codes
     plain = y_MD.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if plain or len(y_MD) <= rows or not hasattr(F, "linear_cross_entropy"):
+    if plain or len(y_MD) <= rows or not hasattr(nn, "LinearCrossEntropyOptions"):
         return F.cross_entropy(F.linear(y_MD, weight_CD, bias_C).float(), codes_M, label_smoothing=smoothing)
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, allow_retain_graph=True)
     nats = F.linear_cross_entropy(y_MD, weight_CD, codes_M, linear_bias=bias_C, options=options)
