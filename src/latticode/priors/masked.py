@@ -293,9 +293,9 @@ def head_cross_entropy(
 ) -> Tensor:
     """The mean over positions of the cross entropy of `codes_M` under logits y W' + b, in nats; gradients flow.
 
-    On a CPU, where PyTorch can (2.13 does), the logits of many codes are there for a few positions at a time, forward and
-    backward: half the time and a fraction of the memory. PyTorch's own function for it knows no smoothing, but
-    (1 - s) H(true) + s mean H(k) = H(true) + s (l_true - mean l), which needs no other logits than the true ones.
+    On a CPU, where PyTorch can (2.13 does), the logits of many codes are there for a few positions at a time: half the
+    time and a fraction of the memory, forward and backward. Its function knows no smoothing in this mode, but with
+    H(k) = -log p(k) it is (1 - s) H(true) + s mean H = H(true) + s (l_true - mean l), which needs no other logits.
     """
     rows = 4 * tile_rows(y_MD, len(weight_CD))  # each step also reads and writes the gradients of all codes
     plain = y_MD.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
