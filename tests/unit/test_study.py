@@ -137,6 +137,7 @@ def test_the_plan_refuses_what_it_cannot_do() -> None:
         ("prior.widht=8", "unknown key 'widht' for type 'maskgit'; nearest: width"),
         ("prior.heads=3", "heads 3"),
         ("prior.optimizer.rate=1", "unknown key 'optimizer.rate'"),
+        ("prior.digits=[4,4]", r"digits must multiply .* got \[4, 4\] = 16 for \[15\]"),
     ],
 )
 def test_what_a_job_would_refuse_is_refused_before_anything_trains(tmp_path, text, message) -> None:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from latticode.engine.config import (
     ConfigError,
     RunConfig,
@@ -186,12 +188,14 @@ class Plan:
 
     def check(self) -> None:
         """Raise ConfigError or ValueError, before anything trains, for what the tokenizers or priors would refuse."""
-        for name in self.quantizers:
-            job = Job(name, self.sizes[0], 0)
-            complete(self.tokenizer_config(job), classes=0)
+        for job in (Job(name, size, 0) for name in self.quantizers for size in {self.sizes[0], self.sizes[-1]}):
+            tokenizer = complete(self.tokenizer_config(job), classes=0)
             if self.prior:
-                prior = complete(self.prior_config(job, Path("tokenizer")), classes=0, vocab=[16], grid=[4, 4])
-                build(with_digits(prior.model, None))
+                with torch.device("meta"):
+                    quantizer = build(tokenizer.model["quantizer"])
+                    run = self.prior_config(job, Path("tokenizer"))
+                    prior = complete(run, classes=0, vocab=quantizer.vocab, grid=[4, 4])
+                    build(with_digits(prior.model, quantizer.radix))
 
     def estimate(self, job: Job) -> float:
         """Seconds of a job as far as they are known; else 1 for every job."""
