@@ -2,7 +2,8 @@
 
     python benchmarks/study.py runs/study/cifar10 runs/study/cifar10-vq --out study-cifar10.png > study-cifar10.md
 
-Each argument is the folder of a `latticode study`; what they differ in besides quantizers, sizes and seeds is refused.
+Each argument is the folder of a `latticode study`; what they differ in besides quantizers, sizes and seeds is refused,
+but where FOLDER@WORD adds a word to the names of its quantizers that says it: `runs/study/cifar10-digits@digits`.
 Prints a table for each metric, quantizers against sizes as mean ± standard deviation over seeds, and PSNR less that of
 `--rival` at the same cost, interpolated between its sizes. Draws the charts of the study's report.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib
 import numpy as np
@@ -42,13 +43,15 @@ ACROSS = 2  # charts in a row
 
 
 def main(
-    folders: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="Folders of studies.")],
+    folders: Annotated[list[str], typer.Argument(metavar="STUDY...", help="Folders of studies, or FOLDER@WORD.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the charts go.")],
     rival: Annotated[str, typer.Option(metavar="QUANTIZER", help="The one to compare with at equal cost.")] = "vq-ema",
+    names: Annotated[str, typer.Option(metavar="QUANTIZER,...", help="These alone, as the tables name them.")] = "",
     only: Annotated[str, typer.Option(metavar="KEY,...", help=f"Of {', '.join(METRICS)}.")] = ",".join(METRICS),
 ) -> None:
     """Print the tables of some studies and draw their charts."""
     rows = [row for row in together(folders) if "error" not in row]
+    rows = [row for row in rows if not names or row["quantizer"] in names.split(",")]
     for key in only.split(","):
         if table := list(against_size(over_seeds(rows, key), *METRICS[key])):
             print(*table, sep="\n", end="\n\n")
@@ -59,19 +62,20 @@ def main(
     save_png(out, Image.fromarray(tiled([rastered(chart) for chart in (*by_size, *by_cost)])))
 
 
-def together(folders: Sequence[Path]) -> Iterator[Row]:
-    """The rows of all studies. Raises ValueError for a folder that holds none, and if protocols differ."""
-    reference = None
-    for folder in folders:
-        plan = read_plan(folder)
+def together(folders: Sequence[str]) -> Iterator[Row]:
+    """The rows of all studies. Raises ValueError for a folder that holds none, and if protocols of one word differ."""
+    references: dict[str, tuple[str, dict[str, Any]]] = {}
+    for folder, _, word in (text.partition("@") for text in folders):
+        plan = read_plan(Path(folder))
         if plan is None:
             raise ValueError(f"{folder} holds no study")
-        job = next(job for job in plan.jobs if finished(folder, plan, job))
-        own = protocols(job_folder(folder, job))
-        if reference is not None and (changes := differences(reference, own)):
-            raise ValueError(f"{folder} was made under another protocol than {folders[0]}: {changes}")
-        reference = own
-        yield from read_rows(folder, plan)
+        job = next(job for job in plan.jobs if finished(Path(folder), plan, job))
+        own = protocols(job_folder(Path(folder), job))
+        first, reference = references.setdefault(word, (folder, own))
+        if changes := differences(reference, own):
+            raise ValueError(f"{folder} was made under another protocol than {first}: {changes}")
+        for row in read_rows(Path(folder), plan):
+            yield {**row, "quantizer": f"{row['quantizer']} {word}".strip()}
 
 
 def against_size(found: dict[str, dict[int, Spread]], title: str, factor: float, decimals: int) -> Iterator[str]:
