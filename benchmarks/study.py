@@ -50,9 +50,11 @@ def main(
     only: Annotated[str, typer.Option(metavar="KEY,...", help=f"Of {', '.join(METRICS)}.")] = ",".join(METRICS),
 ) -> None:
     """Print the tables of some studies and draw their charts."""
-    rows = [row for row in together(folders) if "error" not in row]
-    rows = [row for row in rows if not names or row["quantizer"] in names.split(",")]
-    for key in only.split(","):
+    keys = only.split(",")
+    unwanted = METRICS.keys() - {"psnr", *keys}
+    rows = [{key: value for key, value in row.items() if key not in unwanted} for row in together(folders)]
+    rows = [row for row in rows if "error" not in row and (not names or row["quantizer"] in names.split(","))]
+    for key in keys:
         if table := list(against_size(over_seeds(rows, key), *METRICS[key])):
             print(*table, sep="\n", end="\n\n")
     for cost in ("entropy_bits", "compression_cost"):
