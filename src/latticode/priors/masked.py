@@ -274,10 +274,8 @@ class Masked(Prior):
         if self.bias is not None and len(self.symbols.sizes) == 1:
             weight_CD = self.embedding.weight[: self.rows]
             return head_cross_entropy(self.head(y_MD), weight_CD, self.bias, codes_M, self.label_smoothing)
-        symbols_SM = self.symbols.split(codes_M[:, None]).unbind(-1)
-        pairs = zip(self.predicted(y_MD, codes_M), symbols_SM, strict=True)
-        parts = [F.cross_entropy(p.float(), true, label_smoothing=self.label_smoothing) for p, true in pairs]
-        return torch.stack(parts).sum()
+        symbols_MS = self.symbols.split(codes_M[:, None])
+        return nats(self.predicted(y_MD, codes_M), symbols_MS, smoothing=self.label_smoothing).sum(1).mean()
 
     def _tiles(self, y_GMD: Tensor, of_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """States (G, m, D) of a few positions at a time, and what `of_M` holds of these.

@@ -77,13 +77,13 @@ def table_of(sizes: Sequence[int], levels: Sequence[int]) -> tuple[int, Tensor]:
     return rows, torch.tensor(starts)
 
 
-def nats(logits: Sequence[Tensor], symbols: Tensor, soft: Tensor | None = None) -> Tensor:
+def nats(logits: Sequence[Tensor], symbols: Tensor, soft: Tensor | None = None, *, smoothing: float = 0.0) -> Tensor:
     """Cross entropy (..., S) of `symbols` (..., S), or of distributions `soft` (..., S, C) in their place, under S
-    `logits` (..., size)."""
+    `logits` (..., size), with label smoothing."""
     found = []
     for slot, p in enumerate(logits):
         target = symbols[..., slot] if soft is None else soft[..., slot, : p.shape[-1]].movedim(-1, 1)
-        found.append(F.cross_entropy(p.float().movedim(-1, 1), target, reduction="none"))
+        found.append(F.cross_entropy(p.float().movedim(-1, 1), target, reduction="none", label_smoothing=smoothing))
     return torch.stack(found, dim=-1)
 
 

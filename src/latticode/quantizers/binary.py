@@ -12,7 +12,7 @@ from latticode import distributed, kernels
 from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, token_mean
 from latticode.quantizers.gradients import straight_through
 
-DIGIT_BITS = 9
+DIGIT_BITS = 9  # of a digit, at most
 LARGEST_BITS = 62  # of a code, an int64
 EXACT_BITS = 24  # of an entropy group: its distribution takes 2^24 numbers, 64 MB, several times over in training
 TINY = 1e-6  # latents whose greatest channel is below have no direction worth scaling up
