@@ -34,7 +34,10 @@ def encode(tokenizer: Tokenizer, images: Tensor, tile: int | None = None, overla
     than half a tile, and several tiles of a tokenizer whose first sample stands alone.
     """
     grid = tokenizer.grid(images.shape[2:])
-    spans, shared = _spans(tokenizer, grid, tile, overlap, _reach(tokenizer, tokenizer.encoder))
+    reach = _reach(tokenizer, tokenizer.encoder)
+    if reach is not None and tokenizer.feedback:
+        reach += max(tokenizer.strides)  # a position is told of its neighbours
+    spans, shared = _spans(tokenizer, grid, tile, overlap, reach)
     if _single(spans):
         return tokenizer.encode(images)
     codes = torch.empty(len(images), *grid, len(tokenizer.vocab), dtype=torch.int64, device=images.device)
@@ -101,8 +104,10 @@ def _spans(
 ) -> tuple[list[list[Span]], int]:
     """Per axis the tiles' positions on a code grid, and the overlap in samples.
 
-    All tiles are of one size, so the last two may share more.
+    All tiles are of one size, so the last two may share more. But with `feedback` they start at even positions, so that
+    each has the turns of the whole, and the last may be longer by one.
     """
+    turns = 2 if tokenizer.feedback else 1
     unit = 2 * math.lcm(*tokenizer.strides)
     if tile is None and tokenizer.axes != 2:
         return [[(0, n)] for n in grid], 0
@@ -113,14 +118,14 @@ def _spans(
         overlap = min(-(-wanted // unit), tile // 2 // unit) * unit
     spans: list[list[Span]] = []
     for n, s in zip(grid, tokenizer.strides, strict=True):
-        if tile < 1 or tile % s or overlap % (2 * s) or not 0 <= overlap <= tile // 2:
+        if tile < 1 or tile % (turns * s) or overlap % (2 * s) or not 0 <= overlap <= tile // 2:
             raise ValueError(
-                f"tile must be a multiple of the stride {s}, overlap one of {2 * s} and at most half a tile, "
+                f"tile must be a multiple of {turns * s}, overlap one of {2 * s} and at most half a tile, "
                 f"got tile {tile} and overlap {overlap}"
             )
         length = min(tile // s, n)
-        starts = [*range(0, n - length, (tile - overlap) // s), n - length]
-        spans.append([(a, a + length) for a in starts])
+        last = (n - length) // turns * turns
+        spans.append([*((a, a + length) for a in range(0, last, (tile - overlap) // s)), (last, n)])
     if any(tokenizer.leads) and not _single(spans):
         raise ValueError("a tokenizer whose first sample stands alone does not work on tiles")
     return spans, overlap

@@ -40,6 +40,9 @@ class Tokenizer(Pretrained):
         gain: the quantizer is given so many times what `quant_conv` says, > 0. At the start a convolutional encoder's
             latents are narrow beside the units of bounds and commitment losses; most quantizers reconstruct better
             with 4 (docs/results/study.md). For an FSQ it is a steeper bound.
+        feedback: whether positions are quantized in two turns, like the squares of a chessboard: those of the second
+            are told the errors of their neighbours by `neighbours`, a learned linear map that is 0 at first. So what
+            the decoder would lose at one position another one makes good. Codes and `decode` stay as they are.
 
     `encode` and `forward` raise ValueError for another number of channels or axes, an axis without samples, another
     type than floats and, in eval mode, values that are not finite (in training the loss shows them; looking would make
@@ -53,11 +56,12 @@ class Tokenizer(Pretrained):
         decoder: nn.Module,
         pixels: nn.Module | None = None,
         gain: float = 1.0,
+        feedback: bool = False,
     ):
         super().__init__()
         if not 0 < gain < math.inf:
             raise ValueError(f"gain must be > 0, got {gain}")
-        self.gain = gain
+        self.gain, self.feedback = gain, feedback
         self.encoder, self.quantizer, self.decoder, self.pixels = encoder, quantizer, decoder, pixels
         self.axes = int(getattr(encoder, "axes", 2))
         self.leads = (int(getattr(encoder, "lead", 0)), *[0] * (self.axes - 1))
@@ -65,6 +69,9 @@ class Tokenizer(Pretrained):
         if self.strides != _strides(decoder, self.axes):
             raise ValueError(f"encoder and decoder need one stride, got {encoder.stride} and {decoder.stride}")
         self._fit(0)
+        if feedback:
+            self.neighbours = nn.Linear(2 * self.axes * quantizer.dim, quantizer.dim, bias=False)
+            nn.init.zeros_(self.neighbours.weight)
 
     def _fit(self, given: int) -> None:
         """The 1x1 convolutions, with `given` channels from elsewhere beside the encoder's and the quantizer's."""
@@ -143,7 +150,18 @@ class Tokenizer(Pretrained):
         """What is to be quantized, (B, *grid, D)."""
         latents = self.quant_conv(features)
         latents = latents if self.gain == 1 else self.gain * latents
-        return latents.movedim(1, -1)  # a view under channels_last
+        latents = latents.movedim(1, -1)  # a view under channels_last
+        return self._fed(latents) if self.feedback else latents
+
+    def _fed(self, latents: Tensor) -> Tensor:
+        """`latents` (B, *grid, D), those of every second position moved by the errors of their neighbours."""
+        places = (torch.arange(n, device=latents.device) for n in latents.shape[1:-1])
+        second = (sum(torch.meshgrid(*places, indexing="ij")) % 2 == 1)[..., None]
+        with torch.no_grad():
+            error = self.quantizer.decode(self.quantizer.encode(latents).clamp(min=0)).to(latents.dtype) - latents
+            error = error.nan_to_num(0.0, 0.0, 0.0).masked_fill(second, 0.0)
+        around = [_shifted(error, axis, by) for axis in range(1, 1 + self.axes) for by in (1, -1)]
+        return latents + self.neighbours(torch.cat(around, -1)).where(second, 0.0)
 
     def _encode(self, x: Tensor) -> Tensor:
         return self.quantizer.encode(self._latents(self.encoder(x)))
@@ -194,7 +212,7 @@ class HierarchicalTokenizer(Tokenizer):
     K = 1 + r^2; three grids of r = 2 each: 1 + 4 + 16. `levels` unpacks. The losses of `top` are called top_<name>.
 
     Args:
-        encoder, quantizer, decoder, pixels, gain: of the finest level, as for `Tokenizer`; `lead` must be 0.
+        encoder, quantizer, decoder, pixels, gain, feedback: of the finest level, as for `Tokenizer`; `lead` must be 0.
         top: its `channels` are the encoder's `latent`; its decoder may have any `out_channels`. It has no `pixels`.
     """
 
@@ -206,8 +224,9 @@ class HierarchicalTokenizer(Tokenizer):
         top: Tokenizer,
         pixels: nn.Module | None = None,
         gain: float = 1.0,
+        feedback: bool = False,
     ):
-        super().__init__(encoder, quantizer, decoder, pixels, gain)
+        super().__init__(encoder, quantizer, decoder, pixels, gain, feedback)
         if top.channels != encoder.latent or top.axes != self.axes:
             raise ValueError(
                 f"top must take the encoder's {encoder.latent} channels on {self.axes} axes, "
@@ -288,6 +307,12 @@ class _Pixels(nn.Identity):
         super().__init__()
         self.in_channels = self.out_channels = self.latent = channels
         self.stride = 1
+
+
+def _shifted(t: Tensor, axis: int, by: int) -> Tensor:
+    """`t` moved along `axis` by 1 or -1, with zeros where nothing comes from."""
+    zero, n = torch.zeros_like(t.narrow(axis, 0, 1)), t.shape[axis] - 1
+    return torch.cat([zero, t.narrow(axis, 0, n)] if by == 1 else [t.narrow(axis, 1, n), zero], axis)
 
 
 def _strides(network: nn.Module, axes: int) -> tuple[int, ...]:

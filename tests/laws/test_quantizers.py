@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latticode import registry
-from latticode.quantizers import Quantizer, accumulating
+from latticode.quantizers import FSQ, Quantizer, accumulating
 from latticode.quantizers.codebook import Codebook
 
 
@@ -39,6 +39,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "fsq-noise": fsq(5, 4, 8, noise=0.5),
     "fsq-rotation": fsq(5, 4, 8, gradient="rotation"),
     "fsq-diveq": fsq(5, 4, gradient="diveq", bound="symmetric"),
+    "fsq-feedback": fsq(8, 6, 5, bound="clamp", feedback=True),
+    "fsq-feedback-paper": fsq(8, 5, 5, 5, factors=2, feedback=True),
     "lfq": {"type": "lfq", "dim": 6},
     "lfq-factors": {"type": "lfq", "dim": 8, "factors": 2, "entropy_groups": 2},
     "bsq": {"type": "bsq", "dim": 5},
@@ -102,6 +104,10 @@ def _quantizer(spec: dict[str, Any]) -> Quantizer:
     """In training mode, past its first step."""
     torch.manual_seed(0)
     quantizer = registry.build(spec)
+    for part in quantizer.modules():
+        if isinstance(part, FSQ) and part.feedback:
+            for row in part.shear:
+                nn.init.uniform_(row, -1, 1)
     quantizer(latents(300, quantizer.dim))
     return quantizer
 

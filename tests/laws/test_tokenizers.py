@@ -55,6 +55,8 @@ CASES = {
     "three-grids": hierarchy([FSQ_SPEC, FSQ_SPEC, VQ_SPEC]),
     "shuffled": shuffled(pair("residual", CHILDREN, stride=2, **RESIDUAL)),
     "palette": {"type": "palette", "size": 16},
+    "feedback": tokenizer_spec(FSQ_SPEC | {"feedback": True}) | {"feedback": True},
+    "two-grids-feedback": hierarchy([VQ_SPEC, FSQ_SPEC]) | {"feedback": True},
 }
 
 
@@ -70,6 +72,8 @@ def prepared(spec: dict[str, Any]) -> Tokenizer:
     for name, parameter in model.named_parameters():
         if name.endswith("quant_conv.weight"):
             parameter.data *= 10
+        if name.startswith(("neighbours", "quantizer.shear")):  # zero at first
+            nn.init.uniform_(parameter, -1, 1)
     model(torch.rand(4, model.channels, 16, 16) * 2 - 1)  # data-dependent initialisation
     return model.eval()
 

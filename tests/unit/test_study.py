@@ -81,7 +81,7 @@ def test_every_quantizer_has_the_size_and_a_weight_for_each_loss(name, size) -> 
     quantizer = registry.build(config.spec["quantizer"])
     (codes,) = quantizer.vocab
     assert codes == (recommend(size=size).size if name == "fsq" else size)
-    assert config.weights.keys() == {"mse", *QUANTIZERS[name](size)[1]}
+    assert config.weights.keys() == {"mse", *QUANTIZERS[name](size).weights}
     assert (config.seed, config.data.source) == (3, "embedded:digits")
 
 
@@ -94,14 +94,14 @@ def test_even_levels_come_as_near_to_the_size_as_they_can() -> None:
         ("fsq-8", 4096, [8] * 4),
         ("fsq-clamp", 1024, [10] * 3),
     ):
-        spec, weights = variant(name, size)
+        spec, weights, _ = variant(name, size)
         bound = {"fsq-2": "symmetric", "fsq-clamp": "clamp"}.get(name, "paper")
         assert (spec["levels"], spec["bound"], weights) == (levels, bound, {})
 
 
 def test_a_variant_changes_the_quantizer_and_its_weights() -> None:
     name = "vq-ema+gradient=rotation+weights.commitment=0.5"
-    assert variant(name, 64) == ({**variant("vq-ema", 64)[0], "gradient": "rotation"}, {"commitment": 0.5})
+    assert variant(name, 64) == ({**variant("vq-ema", 64)[0], "gradient": "rotation"}, {"commitment": 0.5}, False)
     plan = replace(PLAN, quantizers=("fsq", "fsq+bound=equal-bins+slope=1.6", name))
     config = plan.tokenizer_config(Job("fsq+bound=equal-bins+slope=1.6", 16, 0))
     expected = {"type": "fsq", "levels": [5, 3], "bound": "equal-bins", "slope": 1.6}
@@ -110,10 +110,22 @@ def test_a_variant_changes_the_quantizer_and_its_weights() -> None:
         ("fsq+bound=round", "bound must be one of"),
         ("fsq+bounds=paper", "bounds"),
         ("fsq+paper", "key=value"),
+        ("fsq+tokenizer.gain=2", "may change feedback=true|false, got fsq.tokenizer.gain=2"),
+        ("fsq+tokenizer.feedback=1", "may change feedback=true|false"),
         ("fsp+bound=paper", "'fsp' to study; nearest: fsq"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(PLAN, quantizers=(wrong,))
+
+
+def test_feedback_goes_to_the_quantizer_and_to_the_tokenizer() -> None:
+    channels, positions = "fsq-clamp+feedback=true", "vq-ema+tokenizer.feedback=true"
+    plan = replace(PLAN, quantizers=("fsq-feedback", channels, positions))
+    found = []
+    for name in ("fsq-feedback", channels, positions, "fsq-clamp"):
+        spec = plan.tokenizer_config(Job(name, 64, 0)).spec
+        found.append((spec["quantizer"].get("feedback", False), spec.get("feedback", False)))
+    assert found == [(True, True), (True, False), (False, True), (False, False)]
 
 
 def test_the_plan_refuses_what_it_cannot_do() -> None:

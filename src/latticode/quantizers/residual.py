@@ -191,7 +191,7 @@ class Residual(Softening):
     def _joint(self) -> Lattice | None:
         """The lattice that all stages share, where they can be done at once."""
         stage = self.stages
-        if not isinstance(stage, FSQ) or stage.noise or self._arithmetic != torch.float32:
+        if not isinstance(stage, FSQ) or stage.noise or stage.feedback or self._arithmetic != torch.float32:
             return None
         return stage._lattice if fits(stage._lattice) else None
 

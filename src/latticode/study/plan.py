@@ -31,7 +31,7 @@ from latticode.registry import build, nearest
 RECIPES = {"tokenizer": "study", "prior": "study-prior"}
 PRIOR_SHARE = 0.5  # of the budget
 OWN = (  # keys that the study sets
-    *("tokenizer.quantizer", "steps", "seed", "data.source"),
+    *("tokenizer.quantizer", "tokenizer.feedback", "steps", "seed", "data.source"),
     *("prior.tokenizer", "prior.steps", "prior.seed", "prior.data.source"),
 )
 LARGEST = 2**24
@@ -39,37 +39,51 @@ LARGEST = 2**24
 Spec = dict[str, Any]
 
 
-def _fsq(size: int, bound: str = "paper") -> tuple[Spec, dict[str, float]]:
+class Choice(NamedTuple):
+    """What a study changes from one quantizer to the next."""
+
+    spec: Spec
+    weights: dict[str, float]  # of its losses
+    feedback: bool = False  # of the tokenizer
+
+
+def _fsq(size: int, bound: str = "paper") -> Choice:
     found = recommend(size=size, bound=bound)
-    return {"type": "fsq", "levels": list(found.levels), "bound": found.bound}, {}
+    return Choice({"type": "fsq", "levels": list(found.levels), "bound": found.bound}, {})
 
 
-def _even_fsq(level: int, size: int) -> tuple[Spec, dict[str, float]]:
+def _fed_fsq(size: int) -> Choice:
+    spec = _fsq(size, "clamp").spec
+    return Choice({**spec, "feedback": True}, {}, feedback=True)
+
+
+def _even_fsq(level: int, size: int) -> Choice:
     """Channels of `level` levels each, as many as come nearest to `size`; of two levels, one bound leaves one empty."""
     channels = max(1, round(math.log(size) / math.log(level)))
-    return {"type": "fsq", "levels": [level] * channels, "bound": "symmetric" if level == 2 else "paper"}, {}
+    return Choice({"type": "fsq", "levels": [level] * channels, "bound": "symmetric" if level == 2 else "paper"}, {})
 
 
-def _vq(size: int) -> tuple[Spec, dict[str, float]]:
+def _vq(size: int) -> Choice:
     """The FSQ paper's rival, which is MaskGIT's: learned by gradients, with the entropy losses, without restarts."""
     spec = {"type": "vq", "size": size, "dim": 8, "update": "gradient", "entropy": 0.01}
-    return {**spec, "kmeans": False, "restart": 0.0}, {"codebook": 1.0, "commitment": 0.06, **_entropies(0.004)}
+    weights = {"codebook": 1.0, "commitment": 0.06, **_entropies(0.004)}
+    return Choice({**spec, "kmeans": False, "restart": 0.0}, weights)
 
 
-def _vq_ema(size: int) -> tuple[Spec, dict[str, float]]:
-    return {"type": "vq", "size": size, "dim": 8, "update": "ema"}, {"commitment": 0.06}
+def _vq_ema(size: int) -> Choice:
+    return Choice({"type": "vq", "size": size, "dim": 8, "update": "ema"}, {"commitment": 0.06})
 
 
-def _simvq(size: int) -> tuple[Spec, dict[str, float]]:
-    return {"type": "simvq", "size": size, "dim": 32}, {"codebook": 1.0, "commitment": 0.25}
+def _simvq(size: int) -> Choice:
+    return Choice({"type": "simvq", "size": size, "dim": 32}, {"codebook": 1.0, "commitment": 0.25})
 
 
-def _lfq(size: int) -> tuple[Spec, dict[str, float]]:
-    return {"type": "lfq", "dim": _whole_bits("lfq", size)}, {"commitment": 0.06, **_entropies(0.004)}
+def _lfq(size: int) -> Choice:
+    return Choice({"type": "lfq", "dim": _whole_bits("lfq", size)}, {"commitment": 0.06, **_entropies(0.004)})
 
 
-def _bsq(size: int) -> tuple[Spec, dict[str, float]]:
-    return {"type": "bsq", "dim": _whole_bits("bsq", size)}, {"commitment": 0.0, **_entropies(0.02)}
+def _bsq(size: int) -> Choice:
+    return Choice({"type": "bsq", "dim": _whole_bits("bsq", size)}, {"commitment": 0.0, **_entropies(0.02)})
 
 
 def _entropies(weight: float) -> dict[str, float]:
@@ -82,11 +96,12 @@ def _whole_bits(name: str, size: int) -> int:
     return size.bit_length() - 1
 
 
-# name -> size -> spec of the quantizer, weights of its losses beside a squared error of weight 1 on pixels in [-1, 1]:
-# within 0.1 dB of the best of those tried on CIFAR-10 at 256 codes (docs/log.md)
-QUANTIZERS: dict[str, Callable[[int], tuple[Spec, dict[str, float]]]] = {
+# name -> size -> choice; the weights are beside a squared error of weight 1 on pixels in [-1, 1] and within 0.1 dB of
+# the best of those tried on CIFAR-10 at 256 codes (docs/log.md)
+QUANTIZERS: dict[str, Callable[[int], Choice]] = {
     "fsq": _fsq,
     "fsq-clamp": partial(_fsq, bound="clamp"),
+    "fsq-feedback": _fed_fsq,
     **{f"fsq-{level}": partial(_even_fsq, level) for level in range(2, 17)},
     "vq": _vq,
     "vq-ema": _vq_ema,
@@ -96,20 +111,23 @@ QUANTIZERS: dict[str, Callable[[int], tuple[Spec, dict[str, float]]]] = {
 }
 
 
-def variant(name: str, size: int) -> tuple[Spec, dict[str, float]]:
-    """Spec and weights of a quantizer, or of one with changes: "vq-ema+gradient=rotation+weights.commitment=0.1".
+def variant(name: str, size: int) -> Choice:
+    """A quantizer, or one with changes: "vq-ema+gradient=rotation+weights.commitment=0.1+tokenizer.feedback=true".
 
     Raises ValueError for an unknown quantizer, a change that is none, and what its constructor refuses.
     """
     base, *changes = name.split("+")
     if base not in QUANTIZERS:
         raise ValueError(f"no quantizer {base!r} to study{nearest(base, QUANTIZERS)}")
-    spec, weights = QUANTIZERS[base](size)
-    changed = override({**spec, "weights": weights}, changes)
-    weights = changed.pop("weights")
+    spec, weights, feedback = QUANTIZERS[base](size)
+    changed = override({**spec, "weights": weights, "tokenizer": {"feedback": feedback}}, changes)
+    weights, tokenizer = changed.pop("weights"), changed.pop("tokenizer")
+    feedback = tokenizer.pop("feedback")
+    if tokenizer or not isinstance(feedback, bool):
+        raise ValueError(f"of the tokenizer a quantizer may change feedback=true|false, got {name}")
     if changes:
         build(changed)
-    return changed, weights
+    return Choice(changed, weights, feedback)
 
 
 class Job(NamedTuple):
@@ -168,14 +186,14 @@ class Plan:
 
     def tokenizer_config(self, job: Job) -> RunConfig:
         """The run of a job's tokenizer. An override of a weight that a quantizer has no loss for is for the others."""
-        spec, weights = variant(job.quantizer, job.size)
+        spec, weights, feedback = variant(job.quantizer, job.size)
         recipe = read_recipe(self.recipe)
         content = override(recipe, [text for text in self.overrides if not text.startswith("prior.")])
-        foreign = {key for make in QUANTIZERS.values() for key in make(16)[1]} - weights.keys()
+        foreign = {key for make in QUANTIZERS.values() for key in make(16).weights} - weights.keys()
         own = {key: value for key, value in content["weights"].items() if key not in foreign}
         if not isinstance(content.get("tokenizer"), dict):
             raise ConfigError(f"recipe {self.recipe!r} trains no tokenizer, so there is nothing to give quantizers to")
-        content["tokenizer"]["quantizer"] = spec
+        content["tokenizer"] |= {"quantizer": spec, **({"feedback": True} if feedback else {})}
         content["data"]["source"] = self.source
         content |= {"weights": weights | own, "seed": job.seed, "steps": max(self.steps, 1)}
         return _warmed(validate(content))

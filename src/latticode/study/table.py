@@ -82,6 +82,7 @@ def protocols(place: Path) -> dict[str, Any]:
             trained = read_run(run).model_dump(mode="json", exclude=VARIES)
             if kind == "tokenizer":
                 trained["tokenizer"].pop("quantizer")
+                trained["tokenizer"].pop("feedback", None)
                 trained.pop("weights")
             else:
                 trained = {k: v for k, v in trained.items() if k != "tokenizer"}
