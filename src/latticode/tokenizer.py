@@ -155,8 +155,8 @@ class Tokenizer(Pretrained):
 
     def _fed(self, latents: Tensor) -> Tensor:
         """`latents` (B, *grid, D), those of every second position moved by the errors of their neighbours."""
-        places = (torch.arange(n, device=latents.device) for n in latents.shape[1:-1])
-        second = (sum(torch.meshgrid(*places, indexing="ij")) % 2 == 1)[..., None]
+        places = [torch.arange(n, device=latents.device) for n in latents.shape[1:-1]]
+        second = (torch.stack(torch.meshgrid(*places, indexing="ij"), -1).sum(-1, keepdim=True) % 2).bool()
         with torch.no_grad():
             error = self.quantizer.decode(self.quantizer.encode(latents).clamp(min=0)).to(latents.dtype) - latents
             error = error.nan_to_num(0.0, 0.0, 0.0).masked_fill(second, 0.0)
