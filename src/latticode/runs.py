@@ -128,6 +128,12 @@ def note_unused(prior: Prior, sampling: Sampling, console: Console) -> None:
         console.print(f"{type(prior).__name__} has no use for {', '.join(unused)}", style="yellow")
 
 
+def network_of(features: str, device: torch.device | str) -> FeatureNetwork:
+    """The feature network that `features`, "inception" or the folder of a classifier's run, names."""
+    name, path = ("inception", None) if features == "inception" else ("classifier", features)
+    return feature_network(name, path=path, device=device)
+
+
 def evaluate(
     run: Path,
     source: str | None = None,
@@ -163,8 +169,7 @@ def evaluate(
         loader = open_loader(config, split, batch_size=64)
     network = None
     if features is not None:
-        name, path = ("inception", None) if features == "inception" else ("classifier", features)
-        network = feature_network(name, path=path, device=place)
+        network = network_of(features, place)
     protocol = {
         "source": config.data.source,
         "split": split,

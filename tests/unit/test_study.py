@@ -159,6 +159,14 @@ def test_what_a_job_would_refuse_is_refused_before_anything_trains(tmp_path, tex
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_that_cannot_see_the_images_is_refused_before_anything_trains(tmp_path) -> None:
+    network = str(Classifier(10, 3, 4).save_pretrained(tmp_path / "colour"))
+    for features, message in ((network, r"colour cannot judge .* \(B, 3, H, W\)"), (str(tmp_path / "none"), "none")):
+        with pytest.raises((ValueError, OSError), match=message):
+            study(replace(PLAN, features=features), tmp_path / "study", console=QUIET)
+    assert not (tmp_path / "study").exists()
+
+
 def test_an_override_of_priors_is_of_their_run_or_of_the_prior(tmp_path) -> None:
     plan = replace(PLAN, overrides=("prior.width=16", "prior.heads=2", "prior.batch_size=7", "prior.optimizer.lr=1e-4"))
     config = plan.prior_config(plan.jobs[0], tmp_path)

@@ -74,7 +74,7 @@ def leaves(
             yield from leaves(inner, stage, left / z.new_tensor(scale), chosen)
             slot += len(stage.vocab)
     else:
-        yield name, quantizer, z, codes
+        yield name, quantizer, quantizer.sheared(z) if isinstance(quantizer, FSQ) else z, codes
 
 
 def _item(name: str, i: int, shared: int | None) -> str:

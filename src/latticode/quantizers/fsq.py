@@ -117,15 +117,15 @@ class FSQ(Quantizer):
 
     def _both(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latents, in training with the gradient and the noise that are asked for, and codes."""
-        dtype, z = z.dtype, self._sheared(z)
+        dtype, z = z.dtype, self.sheared(z)
         latents, codes = to_lattice(z, self._lattice)
         if self.training and self.gradient != "straight-through":
             latents = self._estimated(z, latents)
         latents = self._disturbed(z, latents) if self.training and self.noise else latents
         return latents.to(dtype), codes
 
-    def _sheared(self, z: Tensor) -> Tensor:
-        """`z` (..., D), with `feedback` in float32 and each channel moved by the errors of those before it."""
+    def sheared(self, z: Tensor) -> Tensor:
+        """What is bounded: `z` (..., D), with `feedback` in float32 and moved by the errors of earlier channels."""
         if not self.feedback:
             return z
         channels, errors = [], []
@@ -153,7 +153,7 @@ class FSQ(Quantizer):
         return self.bounded(z.detach()) + (latents - latents.detach()).float()
 
     def _encode(self, x: Tensor) -> Tensor:
-        return to_lattice(self._sheared(x), self._lattice)[1]
+        return to_lattice(self.sheared(x), self._lattice)[1]
 
     def _decode(self, codes: Tensor) -> Tensor:
         return values(self._digits(codes).float(), self._width())

@@ -15,6 +15,7 @@ import torch
 
 from latticode.engine.config import (
     ConfigError,
+    ImageData,
     RunConfig,
     complete,
     differences,
@@ -27,6 +28,7 @@ from latticode.engine.config import (
 from latticode.files import write_text
 from latticode.quantizers.levels import recommend
 from latticode.registry import build, nearest
+from latticode.runs import network_of
 
 RECIPES = {"tokenizer": "study", "prior": "study-prior"}
 PRIOR_SHARE = 0.5  # of the budget
@@ -205,7 +207,14 @@ class Plan:
         return _warmed(load_config(RECIPES["prior"], [*own, *more], self.tokenizer_config(job)))
 
     def check(self) -> None:
-        """Raise ConfigError or ValueError, before anything trains, for what the tokenizers or priors would refuse."""
+        """Raise ConfigError or ValueError, before anything trains, for what tokenizers, priors or the network of the
+        FIDs would refuse."""
+        data = self.tokenizer_config(self.jobs[0]).data
+        if self.features is not None and isinstance(data, ImageData):
+            try:
+                network_of(self.features, "cpu")(torch.zeros(1, data.channels, *[data.size or 64] * 2))
+            except ValueError as error:
+                raise ValueError(f"{self.features} cannot judge the images of this study: {error}") from None
         for job in (Job(name, size, 0) for name in self.quantizers for size in {self.sizes[0], self.sizes[-1]}):
             tokenizer = complete(self.tokenizer_config(job), classes=0)
             if self.prior:
