@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from latticode.kernels import Lattice, to_lattice
-from latticode.kernels.grid import digits, values
+from latticode.kernels.grid import Channels, digits, values
 from latticode.quantizers.base import Quantizer, Step, Tokens
 from latticode.quantizers.gradients import ESTIMATORS, check_estimator
 from latticode.types import Quantized
 
 
 class FSQ(Quantizer):
-    """Quantize every channel to its own few levels; the product of the levels is the codebook, and nothing is learned.
+    """Quantize every channel to its own few levels: their product is the codebook; without `feedback` nothing is learned.
 
     With a = 2 sigmoid(slope z) - 1 (slope 2 is tanh z, slope 1.6 is iFSQ's activation, arXiv 2601.17124), channel by
     channel, for L levels:
@@ -78,7 +78,6 @@ class FSQ(Quantizer):
         self.dim, self.vocab, self.feedback = len(self.levels), self._lattice.vocab, feedback
         if feedback:
             self.shear = nn.ParameterList(nn.Parameter(torch.zeros(i)) for i in range(1, self.dim))  # rows of F
-            self._single = [Lattice((level,), bound, slope) for level in self.levels]
         # Integers survive .bfloat16(); nothing is saved, since the spec says it all.
         self.register_buffer("_levels", torch.tensor(self.levels), persistent=False)
         self.register_buffer("_basis", torch.tensor(self._lattice.basis), persistent=False)
@@ -128,12 +127,12 @@ class FSQ(Quantizer):
         """What is bounded: `z` (..., D), with `feedback` in float32 and moved by the errors of earlier channels."""
         if not self.feedback:
             return z
-        channels, errors = [], []
-        for x, lattice, row in zip(z.float().unbind(-1), self._single, [(), *self.shear], strict=True):
+        channels, errors, c = [], [], self._lattice.channels(z.device)
+        for i, (x, row) in enumerate(zip(z.float().unbind(-1), [(), *self.shear], strict=True)):
             for weight, error in zip(row, errors, strict=True):
                 x = x + weight.float() * error
             channels.append(x)
-            errors.append(_error(x.detach(), lattice))
+            errors.append(self._error(x.detach(), Channels(*(constant[i] for constant in c))))
         return torch.stack(channels, dim=-1)
 
     def _estimated(self, z: Tensor, latents: Tensor) -> Tensor:
@@ -151,6 +150,11 @@ class FSQ(Quantizer):
     def _soft(self, z: Tensor, latents: Tensor) -> Tensor:
         """`bounded`, with the gradient that the `latents` of `z` have."""
         return self.bounded(z.detach()) + (latents - latents.detach()).float()
+
+    def _error(self, x: Tensor, c: Channels) -> Tensor:
+        """What rounding adds to a channel, in units of latents, at `x` (...) float32; 0 at a NaN."""
+        place = self._lattice.position(x, c)
+        return (values(digits(place, c), c.width) - values(place + c.zero, c.width)).nan_to_num(0.0)
 
     def _encode(self, x: Tensor) -> Tensor:
         return to_lattice(self.sheared(x), self._lattice)[1]
@@ -186,11 +190,3 @@ class FSQ(Quantizer):
         names = ("levels", "bound", "slope", "factors", "noise", "gradient", "feedback")
         given = {name: getattr(self, name) for name in names}
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
-
-
-def _error(x: Tensor, lattice: Lattice) -> Tensor:
-    """What rounding adds to the one channel of `lattice`, in units of latents, at `x` (...) float32; 0 at a NaN."""
-    c = lattice.channels(x.device)
-    place = lattice.position(x[..., None], c)
-    error = values(digits(place, c), c.width) - values(place + c.zero, c.width)
-    return error[..., 0].nan_to_num(0.0)
