@@ -15,7 +15,7 @@ from latticode.types import Quantized
 
 
 class FSQ(Quantizer):
-    """Quantize every channel to its own few levels: their product is the codebook; without `feedback` nothing is learned.
+    """Quantize each channel to its own few levels, whose product is the codebook; only `feedback` learns anything.
 
     With a = 2 sigmoid(slope z) - 1 (slope 2 is tanh z, slope 1.6 is iFSQ's activation, arXiv 2601.17124), channel by
     channel, for L levels:
