@@ -30,7 +30,7 @@ def study(
             help="With commas; fsq-N has N levels in every channel, NAME+KEY=VALUE is NAME with a change, as "
             "fsq+bound=symmetric or vq-ema+gradient=rotation."
         ),
-    ] = "fsq,fsq-clamp,vq,vq-ema,simvq,lfq,bsq",
+    ] = "fsq,fsq-feedback,vq,vq-ema,simvq,lfq,bsq",
     budget: Annotated[str, typer.Option(help="Wall time of all jobs on this machine, as 90s, 30m, 1h30m.")] = "30m",
     steps: Annotated[int | None, typer.Option(min=1, help="Of every job, instead of a budget.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many of each quantizer and size.")] = 1,

@@ -25,8 +25,8 @@ THUMBNAIL = 320  # pixels; earlier pictures are embedded no wider than this
 
 INK = "#010203"  # a colour that nothing else uses; `svg` makes it the page's text colour
 # legible on white and on near-black
-COLOURS = ("#2f7fb5", "#d9772b", "#4f9d69", "#a3629f", "#8a8f98", "#c4504e", "#a98f1f")
-MARKERS = ("o", "s", "^", "D", "v", "x", "P")
+COLOURS = ("#2f7fb5", "#d9772b", "#4f9d69", "#a3629f", "#8a8f98", "#c4504e", "#a98f1f", "#35a7a0", "#4a4f8c")
+MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")  # one fewer, so that 72 lines differ in colour or marker
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

@@ -342,6 +342,13 @@ def test_jobs_of_different_protocols_do_not_mix(copied, file) -> None:
         read_rows(copied, PLAN)
 
 
+def test_no_two_lines_of_a_chart_look_alike() -> None:
+    series = {f"quantizer {i}": [(4.0, 20.0 + i, 0.1), (6.0, 22.0 + i, 0.1)] for i in range(20)}
+    (axes,) = figures.trade_off("psnr", "bits", series).axes
+    lines = [container.lines[0] for container in axes.containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 20
+
+
 def test_the_chart_shows_means_spreads_and_the_diagonal() -> None:
     series = {"fsq": [(4.0, 3.0, 0.5), (8.0, 7.0, 0.25)], "vq": [(4.0, 2.0, 0.0)]}
     figure = figures.trade_off("entropy", "bits", series, diagonal=True)
