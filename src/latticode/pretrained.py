@@ -82,7 +82,7 @@ class Pretrained(nn.Module):
 
         Raises FileNotFoundError where there is none, ValueError for another schema, another class or unfitting weights.
         """
-        model = load_model(Path(folder))
+        model = load_model(folder)
         if not isinstance(model, cls):
             raise ValueError(f"{folder} holds a {type(model).__name__}, not a {cls.__name__}")
         return model
@@ -106,8 +106,9 @@ def save_model(model: nn.Module, folder: Path, weights: Mapping[str, Tensor]) ->
     save_tensors(folder / WEIGHTS, weights, {"schema": SCHEMA, "spec": registry.spec_of(model)})
 
 
-def load_model(folder: Path) -> Any:
+def load_model(folder: str | Path) -> Any:
     """The model in `folder`, whatever its type, in eval mode; strict."""
+    folder = Path(folder)
     spec = read_spec(folder)
     model = registry.build(spec)
     tensors, _ = load_tensors(folder / WEIGHTS)

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from latticode.engine.config import complete, load_config
+from latticode.registry import build
+
 ROOT = Path(__file__).parents[2]
-PAGES = ["docs/audio-video.md", "docs/dense.md", "docs/quantizers.md", "docs/sampling.md", "docs/training.md"]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("audio-video", "dense", "quantizers", "sampling", "study", "training")),
+]
 
 
 def blocks(page: str) -> str:
@@ -16,5 +22,9 @@ def blocks(page: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs_from_top_to_bottom(page: str) -> None:
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(complete(load_config("fsq-tokenizer", ["data.source=photos/"]), classes=0).model).save_pretrained(
+        Path("runs/fsq-tokenizer")
+    )
     exec(compile(blocks(page), page, "exec"), {"__name__": page})
