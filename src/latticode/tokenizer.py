@@ -157,9 +157,7 @@ class Tokenizer(Pretrained):
         """`latents` (B, *grid, D), those of every second position moved by the errors of their neighbours."""
         places = [torch.arange(n, device=latents.device) for n in latents.shape[1:-1]]
         second = (torch.stack(torch.meshgrid(*places, indexing="ij"), -1).sum(-1, keepdim=True) % 2).bool()
-        with torch.no_grad():
-            error = self.quantizer.decode(self.quantizer.encode(latents).clamp(min=0)).to(latents.dtype) - latents
-            error = error.nan_to_num(0.0, 0.0, 0.0).masked_fill(second, 0.0)
+        error = self.quantizer.error(latents).masked_fill(second, 0.0)
         around = [_shifted(error, axis, by) for axis in range(1, 1 + self.axes) for by in (1, -1)]
         return latents + self.neighbours(torch.cat(around, -1)).where(second, 0.0)
 

@@ -141,6 +141,15 @@ def test_decode_of_encode_is_the_latents_of_forward(trained: Quantizer):
     assert same(trained.decode(out.codes), out.latents)
 
 
+def test_the_error_is_what_decode_of_encode_adds(quantizer: Quantizer):
+    z, state = latents(100, quantizer.dim, seed=1), copy.deepcopy(quantizer.state_dict())
+    assert same(quantizer.error(z), quantizer.decode(quantizer.encode(z)) - z)
+    assert all(same(value, state[key]) for key, value in quantizer.state_dict().items())
+    z[7, 0] = torch.nan
+    assert (quantizer.error(z)[7] == 0).all()
+    assert quantizer.error(z.bfloat16()).dtype == torch.bfloat16
+
+
 def test_codes_decode_to_the_latents_in_training(quantizer: Quantizer, name: str):
     """A training step may change the codebook, but not between the codes and the latents that it returns."""
     z = latents(300, quantizer.dim)  # the batch of the first step, so that no code is dead before this one

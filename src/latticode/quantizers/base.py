@@ -140,6 +140,15 @@ class Quantizer(nn.Module, ABC):
         with torch.autocast(codes.device.type, enabled=False):
             return self._decode(codes.long()).to(self._like.dtype)
 
+    @torch.no_grad()
+    def error(self, z: Tensor) -> Tensor:
+        """The latents of the codes of `z` (..., D) less `z`, in its type; 0 for a token that is not finite. Pure."""
+        self._check_latents(z)
+        with torch.autocast(z.device.type, enabled=False):
+            tokens = self._tokens(z, None)
+            error = self._decode(self._encode(tokens.values)) - tokens.values
+            return error.masked_fill(~tokens.keep[..., None], 0.0).to(z.dtype)
+
     @abstractmethod
     def _quantize(self, tokens: Tokens) -> Step:
         """Latents, codes, losses and codebook updates of `tokens`, with the codebooks as they are."""
