@@ -42,7 +42,8 @@ class Tokenizer(Pretrained):
             with 4 (docs/results/study.md). For an FSQ it is a steeper bound.
         feedback: whether positions are quantized in two turns, like the squares of a chessboard: those of the second
             are told the errors of their neighbours by `neighbours`, a learned linear map that is 0 at first. So what
-            the decoder would lose at one position another one makes good. Codes and `decode` stay as they are.
+            the decoder would lose at one position another one makes good. `decode` stays as it is; codes depend on one
+            position more in every direction, in time too, so that a causal encoder's are not causal.
 
     `encode` and `forward` raise ValueError for another number of channels or axes, an axis without samples, another
     type than floats and, in eval mode, values that are not finite (in training the loss shows them; looking would make
