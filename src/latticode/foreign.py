@@ -44,7 +44,6 @@ class Foreign(Tokenizer):
         self.module, self._functions = module, (encode, decode)
         self._vocab, self._channels, self._flat = sizes, channels, isinstance(vocab, int)
         self.axes, self.strides, self.leads, self.pixels = 2, (stride, stride), (0, 0), None
-        self.feedback = False
         self.encoder = self.decoder = self.quantizer = None  # type: ignore[assignment]
 
     @property

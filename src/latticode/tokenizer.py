@@ -50,6 +50,8 @@ class Tokenizer(Pretrained):
     a GPU wait at every step).
     """
 
+    feedback = False  # of one whose positions do not come from `_latents`
+
     def __init__(
         self,
         encoder: nn.Module,

@@ -23,7 +23,7 @@ def test_every_entry_resolves_to_a_module(name: str) -> None:
         ({"type": "fsqq", "levels": [8]}, "unknown type 'fsqq'; nearest: fsq"),
         (
             {"type": "fsq", "level": [8]},
-            "unknown key 'level' for type 'fsq'; nearest: levels; valid: bound, factors, gradient, levels, noise,",
+            "unknown key 'level' for type 'fsq'; nearest: levels; valid: bound, factors, feedback, gradient,",
         ),
         ({"type": "fsq"}, "type 'fsq' lacks levels"),
         ({"type": "os:system"}, "unknown type 'os:system'"),
