@@ -129,10 +129,11 @@ class FSQ(Quantizer):
             return z
         channels, errors, c = [], [], self._lattice.channels(z.device)
         for i, (x, row) in enumerate(zip(z.float().unbind(-1), [(), *self.shear], strict=True)):
+            if i:  # that of the last channel nobody is told
+                errors.append(self._error(channels[-1].detach(), Channels(*(constant[i - 1] for constant in c))))
             for weight, error in zip(row, errors, strict=True):
                 x = x + weight.float() * error
             channels.append(x)
-            errors.append(self._error(x.detach(), Channels(*(constant[i] for constant in c))))
         return torch.stack(channels, dim=-1)
 
     def _estimated(self, z: Tensor, latents: Tensor) -> Tensor:
