@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from helpers import Largest
-from latticode import FSQ, LFQ, registry
-from latticode.kernels import entropies
-from latticode.priors import MAGE, MaskGIT, masked
+from latticode import FSQ, LFQ, kernels, registry
+from latticode.kernels import vocabulary
+from latticode.priors import MAGE, MaskGIT
 from latticode.types import Conditioning, Sampling
 
 
@@ -22,65 +22,23 @@ def small(codes: int, **changes: Any) -> MaskGIT:
     return MaskGIT([codes], [4, 4], 2, **{"width": 32, "depth": 2, "heads": 2, **changes})
 
 
-needs_tiles = pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="an older PyTorch")
-
-
-def head(positions: int, codes: int) -> tuple[Tensor, ...]:
-    """States, weights, biases, the true codes."""
-    generator = torch.Generator().manual_seed(0)
-    y, weight = torch.randn(positions, 6, generator=generator), torch.randn(codes, 6, generator=generator)
-    return y, weight, torch.randn(codes, generator=generator), torch.randint(codes, (positions,), generator=generator)
-
-
-def in_tiles(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(entropies, "LEAST", rows)
-    monkeypatch.setattr(entropies, "CPU_TILE", 1)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("positions", [1, 7, 8, 9, 61])
-def test_cross_entropy_of_many_codes_is_that_of_whole_logits(
-    positions: int, smoothing: float, monkeypatch: pytest.MonkeyPatch
-):
-    in_tiles(monkeypatch, 2)
-    *inputs, codes = head(positions, 40)
-    inputs = [t.requires_grad_() for t in inputs]
-    ours = masked.head_cross_entropy(*inputs, codes, smoothing)
-    wide = [t.detach().double().requires_grad_() for t in inputs]
-    exact = F.cross_entropy(F.linear(*wide), codes, label_smoothing=smoothing)
-    assert ours.item() == pytest.approx(exact.item(), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(ours * 3, inputs), torch.autograd.grad(exact * 3, wide), strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
-
-
-@needs_tiles
-def test_no_tensor_of_the_loss_grows_with_positions_times_codes(monkeypatch: pytest.MonkeyPatch):
-    in_tiles(monkeypatch, 8)
-    *inputs, codes = head(2000, 500)
-    with Largest() as largest:
-        masked.head_cross_entropy(*(t.requires_grad_() for t in inputs), codes, 0.1).backward()
-    assert largest.numel <= 4 * 8 * 500
-    with torch.autocast("cpu", dtype=torch.bfloat16), Largest() as largest:
-        masked.head_cross_entropy(*inputs, codes, 0.1)
-    assert largest.numel == 2000 * 500, "half precision takes PyTorch's plain path"
-
-
-def test_tiles_change_neither_samples_nor_bits(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tiles_change_neither_samples_nor_bits(temperature: float, monkeypatch: pytest.MonkeyPatch):
+    """With guidance and temperature of the head's states, or of whole logits."""
+    monkeypatch.setattr(vocabulary, "ROWS", 3)
+    monkeypatch.setattr(vocabulary, "BLOCK", 50)
     prior = small(300)
     cond = Conditioning(torch.tensor([0, 1, 1, 0]))
     codes = torch.randint(300, (4, 4, 4, 1))
-
-    def results() -> tuple[Tensor, Tensor]:
-        return prior.sample(4, cond, sampling=Sampling(steps=4, guidance=2.0)), prior.bits(codes, cond)
-
-    whole, in_one = results()
-    in_tiles(monkeypatch, 3)
-    sampled, bits = results()
-    assert torch.equal(sampled, whole)
-    torch.testing.assert_close(bits, in_one)
+    sampling = Sampling(steps=4, guidance=2.0, temperature=temperature)
     with Largest() as largest:
-        results()
+        sampled, bits = prior.sample(4, cond, sampling=sampling), prior.bits(codes, cond)
     assert largest.numel < 64 * 300, "positions times codes"
+    with kernels.use("reference"):
+        assert torch.equal(prior.sample(4, cond, sampling=sampling), sampled)
+        torch.testing.assert_close(prior.bits(codes, cond), bits)
+    one_by_one = prior.sample(4, cond, sampling=replace(sampling, top_k=300))  # leaves none out, but looks for it
+    assert torch.equal(one_by_one, sampled)
 
 
 # --- digits

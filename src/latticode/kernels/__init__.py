@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from latticode.kernels import entropies, lattice, native, nearest, reference, stages
+from latticode.kernels import entropies, lattice, native, nearest, reference, stages, vocabulary
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, empty_like
 
@@ -314,6 +314,45 @@ def soft_assignment(x: Tensor, codebook: Tensor, temperature: float, weights: Te
 def entropy(p: Tensor) -> Tensor:
     """-sum p ln p of a distribution `p` (K,) in nats, a scalar; 0 ln 0 = 0, and probabilities of 0 get no gradient."""
     return _ENTROPIES[_active].entropy(p).to(p.dtype)
+
+
+def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The mean cross entropy of `codes` (M,) under logits x W' + b, in nats, with label smoothing.
+
+    For states `x` (M, D), `weight` (C, D) and `bias` (C,). Differentiable; a CPU needs no memory of M C numbers for it.
+    """
+    if _active != "reference" and vocabulary.serves(x, len(weight)):
+        return vocabulary.CrossEntropy.apply(x, weight, bias, codes, smoothing, _active == "fast" and _COMPILED)
+    return reference.head_cross_entropy(x, weight, bias, codes, smoothing)
+
+
+@torch.no_grad()
+def head_nats(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Tensor:
+    """-ln p (M,) of `codes` (M,) under logits x W' + b as of `head_cross_entropy`; no gradient flows."""
+    if _active != "reference" and vocabulary.serves(x, len(weight)):
+        return vocabulary.nats(x, weight, bias, codes, _active == "fast" and _COMPILED)
+    parts = _portions(len(weight), x, codes)
+    return torch.cat([reference.head_nats(y, weight, bias, some) for y, some in parts])
+
+
+@torch.no_grad()
+def head_draw(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (M,) from the softmax of logits x W' + b, by inversion at `u` (M,) in [0, 1), and the ln p of each (M,).
+
+    Which code a u stands for may differ between kernels where it lies within rounding of two.
+    """
+    if _active != "reference" and vocabulary.serves(x, len(weight)):
+        return vocabulary.draw(x, weight, bias, u, _active == "fast" and _COMPILED)
+    found = [reference.head_draw(y, weight, bias, some) for y, some in _portions(len(weight), x, u)]
+    codes, log_p = zip(*found, strict=True)
+    return torch.cat(codes), torch.cat(log_p)
+
+
+def _portions(width: int, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`rows` (M, ..) of a few positions at a time, for temporaries of `width` numbers each: all at once would fill
+    memory, which costs more than to compute them."""
+    size = entropies.tile_rows(rows[0], width)
+    return zip(*(t.split(size) for t in rows), strict=True)
 
 
 def _widened(name: str, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
-/* Finite scalar quantization in one pass over memory, the best of a tile of scores, and their softmax; grid.py, nearest.py
-   and entropies.py have the formulas, native.py the calls.
+/* Finite scalar quantization in one pass over memory, the best of a tile of scores, and their softmax; grid.py, nearest.py,
+   entropies.py and vocabulary.py have the formulas, native.py the calls.
 
    Every operation rounds once and alike in vector and scalar code (compiled without contraction to fused
    multiply-add), so a value has the same bits at every place of every layout. Positions come from a sigmoid that is off
@@ -324,6 +324,21 @@ INSIDE void sums(const float *score, int64_t size, float top, const float *v, fl
   }
 }
 
+/* Each of `rows` rows of `size` scores, `stride` apart, becomes its powers of e relative to the highest, whose sum is
+   `mass`. */
+EXPORT VECTORS void exponentiate(float *tile, int64_t rows, int64_t size, int64_t stride, float *top, float *mass) {
+  for (int64_t r = 0; r < rows; r++) {
+    float *score = tile + r * stride, high = highest(score, size), sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < size; k++) {
+      score[k] = exponential(relative(score[k], high));
+      sum += score[k];
+    }
+    top[r] = high;
+    mass[r] = sum;
+  }
+}
+
 /* Each of `rows` rows of `size` scores becomes its softmax p, of which `entropy` is that in nats. */
 EXPORT VECTORS void soften(float *tile, int64_t rows, int64_t size, float *entropy) {
   for (int64_t r = 0; r < rows; r++) {
@@ -351,4 +366,4 @@ EXPORT VECTORS void soften_backward(float *tile, int64_t rows, int64_t size, con
   }
 }
 
-EXPORT int64_t latticode_native_version(void) { return 4; }
+EXPORT int64_t latticode_native_version(void) { return 5; }

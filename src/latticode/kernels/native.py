@@ -1,8 +1,8 @@
 """`native.c`, where it could be compiled at installation: finite scalar quantization in one pass on a CPU, the nearest
-code with one look at each score, soft codes in one row of scores.
+code with one look at each score, soft codes and the powers of logits in one row of scores.
 
-A library without Python in it, called by address. What it does not serve goes to `lattice`, `nearest` and `entropies`:
-the same latents and codes.
+A library without Python in it, called by address. What it does not serve goes to `lattice`, `nearest`, `entropies` and
+`vocabulary`: the same latents and codes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from latticode.kernels import nearest, stages
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, dense, empty_like, planes
 
-VERSION = 4  # of the functions' signatures
+VERSION = 5  # of the functions' signatures
 ROW = 512  # numbers of one row of whole tokens, at most, as in native.c
 CHANNELS = 64  # at most, as in native.c
 GRAIN = 2**17  # numbers that are worth a thread
@@ -96,6 +96,19 @@ def soften_backward(scores: Tensor, of_mixture: Tensor, of_total: Tensor, weight
         _library().soften_backward(*map(_argument, at), slope)
 
     _spread(run, len(scores), size)
+
+
+def exponentiate(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """As `vocabulary._exponentiate`, for float32 on a CPU whose rows are contiguous."""
+    size, stride = scores.shape[1], scores.stride(0)
+    tops, masses = torch.empty(2, len(scores))
+
+    def run(start: int, count: int) -> None:
+        found = (t.data_ptr() + 4 * start for t in (tops, masses))
+        _library().exponentiate(*map(_argument, (scores.data_ptr() + 4 * start * stride, count, size, stride, *found)))
+
+    _spread(run, len(scores), size)
+    return tops, masses
 
 
 def to_lattice(z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:

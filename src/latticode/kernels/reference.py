@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latticode.kernels import stages
 from latticode.kernels.grid import Lattice, digits, values
+from latticode.kernels.vocabulary import invert
 
 
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
@@ -120,3 +121,25 @@ def to_lattices_backward(gradient: Tensor, z: Tensor, lattice: Lattice, depth: i
     """
     passes = (z.float().abs() <= stages.limits(lattice, depth, z.device)) | (gradient.float() * z.float() > 0)
     return torch.where(passes & z.isfinite().all(dim=-1, keepdim=True), gradient, 0.0)
+
+
+def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, smoothing: float) -> Tensor:
+    """The mean cross entropy of `codes` (M,) under logits x W' + b of `x` (M, D), with label smoothing."""
+    return F.cross_entropy(_logits(x, weight, bias), codes, label_smoothing=smoothing)
+
+
+def head_nats(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Tensor:
+    """-ln p (M,) of `codes` (M,)."""
+    return F.cross_entropy(_logits(x, weight, bias), codes, reduction="none")
+
+
+def head_draw(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (M,) by inversion at `u` (M,), and ln p of each (M,)."""
+    log_p = _logits(x, weight, bias).log_softmax(1)
+    codes, _ = invert(log_p.exp(), u)
+    return codes, log_p.gather(1, codes[:, None])[:, 0]
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    logits = F.linear(x, weight, bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode import registry
+from latticode.kernels.vocabulary import invert
 from latticode.pretrained import Pretrained
 from latticode.priors.schedules import RAMPS
 from latticode.types import Conditioning, Sampling
@@ -234,16 +235,18 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
+def unfiltered(sampling: Sampling) -> bool:
+    """Whether every token may be drawn."""
+    return sampling.temperature > 0 and not sampling.top_k and sampling.top_p == 1
+
+
 def draw(logits: Tensor, u: Tensor) -> Tensor:
     """Tokens (...,) from softmax(logits (..., V)) by inversion of the distribution function at u (...,) in [0, 1).
 
     One uniform per token, where a Gumbel argmax needs V. A token of probability 0 is never drawn; logits that are not
     finite give some token.
     """
-    cdf = F.softmax(logits.float(), dim=-1).cumsum(-1)
-    total = cdf[..., -1:]
-    at = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, at, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return invert(F.softmax(logits.float(), dim=-1), u)[0]
 
 
 class Chooser:

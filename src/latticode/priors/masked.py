@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode import kernels
 from latticode.kernels.entropies import tile_rows
 from latticode.nn.transformer import initialise
 from latticode.priors.base import (
@@ -26,6 +27,7 @@ from latticode.priors.base import (
     filtered,
     guided,
     gumbel,
+    unfiltered,
     uniforms,
 )
 from latticode.priors.schedules import RAMPS, ranks, remask_counts, spread_groups
@@ -178,9 +180,8 @@ class Masked(Prior):
         for group in spread_groups(self.grid, GROUPS):
             at_BN = torch.zeros_like(tokens_BN, dtype=torch.bool)
             at_BN[:, group] = True
-            tiles = self._tiles(self.states(tokens_BN, labels_B, at_BN, context)[None], codes_BN[at_BN])
-            found = [nats(self.predicted(y[0], true), self.symbols.split(true[:, None])).sum(1) for y, true in tiles]
-            total += torch.cat(found).view(len(codes_BN), len(group)).sum(1) / math.log(2)
+            found = self._nats(self.states(tokens_BN, labels_B, at_BN, context), codes_BN[at_BN])
+            total += found.view(len(codes_BN), len(group)).sum(1) / math.log(2)
             tokens_BN = torch.where(at_BN, codes_BN, tokens_BN)
         return total
 
@@ -216,18 +217,36 @@ class Masked(Prior):
             tokens = tokens.masked_fill(unknown, self.mask_token)
         return tokens
 
+    def _nats(self, y_MD: Tensor, codes_M: Tensor) -> Tensor:
+        """-ln p (M,) of `codes_M` given states `y_MD`."""
+        if self._whole is not None:
+            return kernels.head_nats(self.head(y_MD), *self._whole, codes_M)
+        tiles = self._tiles(y_MD[None], codes_M)
+        return torch.cat(
+            [nats(self.predicted(y[0], true), self.symbols.split(true[:, None])).sum(1) for y, true in tiles]
+        )
+
     def _drawn(self, y_GMD: Tensor, u_MS: Tensor, sampling: Sampling, guidance: float) -> tuple[Tensor, Tensor]:
         """Tokens (M,) and the log p of each, from states of G = 1 branch or 2, of which `guidance` leads away from the
         second."""
-        tokens, log_p = [], []
-        for y, u in self._tiles(y_GMD, u_MS):
-            symbols, sure = self._generated(y, u, sampling, guidance)
-            tokens.append(self.symbols.join(symbols)[:, 0])
-            log_p.append(sure)
-        chosen = torch.cat(log_p)
-        if not bool(chosen.isfinite().all()):
+        if self._whole is not None and unfiltered(sampling):
+            tokens, log_p = self._inverted(y_GMD, u_MS[:, 0], sampling.temperature, guidance)
+        else:
+            found = [self._generated(y, u, sampling, guidance) for y, u in self._tiles(y_GMD, u_MS)]
+            symbols, log_p = (torch.cat(parts) for parts in zip(*found, strict=True))
+            tokens = self.symbols.join(symbols)[:, 0]
+        if not bool(log_p.isfinite().all()):
             raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
-        return torch.cat(tokens), chosen
+        return tokens, log_p
+
+    def _inverted(self, y_GMD: Tensor, u_M: Tensor, temperature: float, guidance: float) -> tuple[Tensor, Tensor]:
+        """`_drawn` where no code of the whole ones is left out: what comes behind the head's states is linear, so that
+        guidance and temperature of these are those of the logits."""
+        assert self._whole is not None
+        h_MD, (weight_CD, bias_C) = self.head(y_GMD), self._whole
+        h_MD = guided(h_MD[0], h_MD[1], guidance) if len(h_MD) > 1 else h_MD[0]
+        codes, log_p = kernels.head_draw(h_MD / temperature, weight_CD, bias_C / temperature, u_M)
+        return codes, log_p if temperature == 1 else -kernels.head_nats(h_MD, weight_CD, bias_C, codes)
 
     def _generated(self, y_GMD: Tensor, u_MS: Tensor, sampling: Sampling, guidance: float) -> tuple[Tensor, Tensor]:
         """The digits (M, S) of `_drawn`, and the sum of their log p (M,)."""
@@ -271,11 +290,16 @@ class Masked(Prior):
     def smoothed(self, y_MD: Tensor, codes_M: Tensor) -> Tensor:
         """The cross entropy of `codes_M` at positions of states `y_MD`, with label smoothing of each digit: nats per
         position, a scalar."""
-        if self.bias is not None and len(self.symbols.sizes) == 1:
-            weight_CD = self.embedding.weight[: self.rows]
-            return head_cross_entropy(self.head(y_MD), weight_CD, self.bias, codes_M, self.label_smoothing)
+        if self._whole is not None:
+            return kernels.head_cross_entropy(self.head(y_MD), *self._whole, codes_M, self.label_smoothing)
         symbols_MS = self.symbols.split(codes_M[:, None])
         return nats(self.predicted(y_MD, codes_M), symbols_MS, smoothing=self.label_smoothing).sum(1).mean()
+
+    @property
+    def _whole(self) -> tuple[Tensor, Tensor] | None:
+        """Weights (C, D) and biases (C,) of the linear head, if one softmax is over whole codes."""
+        one = self.bias is not None and len(self.symbols.sizes) == 1
+        return (self.embedding.weight[: self.rows], self.bias) if one else None
 
     def _tiles(self, y_GMD: Tensor, of_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """States (G, m, D) of a few positions at a time, and what `of_M` holds of these.
@@ -284,25 +308,6 @@ class Masked(Prior):
         """
         size = tile_rows(y_GMD, y_GMD.shape[0] * self.rows)
         return zip(y_GMD.split(size, dim=1), of_M.split(size), strict=True)
-
-
-def head_cross_entropy(
-    y_MD: Tensor, weight_CD: Tensor, bias_C: Tensor, codes_M: Tensor, smoothing: float = 0.0
-) -> Tensor:
-    """The mean over positions of the cross entropy of `codes_M` under logits y W' + b, in nats; gradients flow.
-
-    On a CPU, where PyTorch can (2.13 does), the logits of many codes are there for a few positions at a time: half the
-    time and a fraction of the memory, forward and backward. Its function knows no smoothing in this mode, but with
-    H(k) = -log p(k) it is (1 - s) H(true) + s mean H = H(true) + s (l_true - mean l), which needs no other logits.
-    """
-    rows = 4 * tile_rows(y_MD, len(weight_CD))  # each step also reads and writes the gradients of all codes
-    plain = y_MD.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if plain or len(y_MD) <= rows or not hasattr(nn, "LinearCrossEntropyOptions"):
-        return F.cross_entropy(F.linear(y_MD, weight_CD, bias_C).float(), codes_M, label_smoothing=smoothing)
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, allow_retain_graph=True)
-    nats = F.linear_cross_entropy(y_MD, weight_CD, codes_M, linear_bias=bias_C, options=options)
-    true = (y_MD * F.embedding(codes_M, weight_CD)).sum(1) + bias_C[codes_M]
-    return nats + smoothing * (true - y_MD @ weight_CD.mean(0) - bias_C.mean()).mean()
 
 
 def projection(text: nn.Module, onto: int) -> nn.Module:
