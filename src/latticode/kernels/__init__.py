@@ -306,7 +306,7 @@ def soft_assignment(x: Tensor, codebook: Tensor, temperature: float, weights: Te
         )
     dtype = torch.promote_types(x.dtype, codebook.dtype)
     kernel = _ENTROPIES[_active].soft_assignment
-    how = {"compiled": True} if _active == "fast" and _COMPILED else {}
+    how = {"compiled": True} if _compiled() else {}
     total, mixture = kernel(x.to(dtype), codebook.to(dtype), weights.to(dtype), temperature, **how)
     return total.to(dtype), mixture.to(dtype)
 
@@ -322,7 +322,7 @@ def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, s
     For states `x` (M, D), `weight` (C, D) and `bias` (C,). Differentiable; a CPU needs no memory of M C numbers for it.
     """
     if _active != "reference" and vocabulary.serves(x, len(weight)):
-        return vocabulary.CrossEntropy.apply(x, weight, bias, codes, smoothing, _active == "fast" and _COMPILED)
+        return vocabulary.CrossEntropy.apply(x, weight, bias, codes, smoothing, _compiled())
     return reference.head_cross_entropy(x, weight, bias, codes, smoothing)
 
 
@@ -330,7 +330,7 @@ def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, s
 def head_nats(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Tensor:
     """-ln p (M,) of `codes` (M,) under logits x W' + b as of `head_cross_entropy`; no gradient flows."""
     if _active != "reference" and vocabulary.serves(x, len(weight)):
-        return vocabulary.nats(x, weight, bias, codes, _active == "fast" and _COMPILED)
+        return vocabulary.nats(x, vocabulary.Head(weight, bias, _compiled()), codes)
     parts = _portions(len(weight), x, codes)
     return torch.cat([reference.head_nats(y, weight, bias, some) for y, some in parts])
 
@@ -342,10 +342,14 @@ def head_draw(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor) -> tuple[Tenso
     Which code a u stands for may differ between kernels where it lies within rounding of two.
     """
     if _active != "reference" and vocabulary.serves(x, len(weight)):
-        return vocabulary.draw(x, weight, bias, u, _active == "fast" and _COMPILED)
+        return vocabulary.draw(x, vocabulary.Head(weight, bias, _compiled()), u)
     found = [reference.head_draw(y, weight, bias, some) for y, some in _portions(len(weight), x, u)]
     codes, log_p = zip(*found, strict=True)
     return torch.cat(codes), torch.cat(log_p)
+
+
+def _compiled() -> bool:
+    return _active == "fast" and _COMPILED
 
 
 def _portions(width: int, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -324,11 +324,10 @@ INSIDE void sums(const float *score, int64_t size, float top, const float *v, fl
   }
 }
 
-/* Each of `rows` rows of `size` scores, `stride` apart, becomes its powers of e relative to the highest, whose sum is
-   `mass`. */
-EXPORT VECTORS void exponentiate(float *tile, int64_t rows, int64_t size, int64_t stride, float *top, float *mass) {
+/* Each of `rows` rows of `size` scores becomes its powers of e relative to the highest, whose sum is `mass`. */
+EXPORT VECTORS void exponentiate(float *tile, int64_t rows, int64_t size, float *top, float *mass) {
   for (int64_t r = 0; r < rows; r++) {
-    float *score = tile + r * stride, high = highest(score, size), sum = 0;
+    float *score = tile + r * size, high = highest(score, size), sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = 0; k < size; k++) {
       score[k] = exponential(relative(score[k], high));

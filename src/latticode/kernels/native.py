@@ -99,13 +99,13 @@ def soften_backward(scores: Tensor, of_mixture: Tensor, of_total: Tensor, weight
 
 
 def exponentiate(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """As `vocabulary._exponentiate`, for float32 on a CPU whose rows are contiguous."""
-    size, stride = scores.shape[1], scores.stride(0)
+    """As `vocabulary.Head.exponentiate`, for contiguous float32 on a CPU."""
+    size = scores.shape[1]
     tops, masses = torch.empty(2, len(scores))
 
     def run(start: int, count: int) -> None:
         found = (t.data_ptr() + 4 * start for t in (tops, masses))
-        _library().exponentiate(*map(_argument, (scores.data_ptr() + 4 * start * stride, count, size, stride, *found)))
+        _library().exponentiate(*map(_argument, (scores.data_ptr() + 4 * start * size, count, size, *found)))
 
     _spread(run, len(scores), size)
     return tops, masses

@@ -29,9 +29,9 @@ def serves(x: Tensor, codes: int) -> bool:
 
 
 class Powers(NamedTuple):
-    """e^(logit - top) of m positions, of which each block of codes has its own top."""
+    """e^(logit - top) of m positions, of which each of K blocks of codes has its own top."""
 
-    powers: Tensor  # (K, m, BLOCK), 0 behind the last code
+    powers: list[Tensor]  # K of (m, codes of the block), or none
     tops: Tensor  # (m, K)
     masses: Tensor  # (m, K): the sums of the powers
 
@@ -40,48 +40,79 @@ class Powers(NamedTuple):
         return (self.tops + self.masses.log()).logsumexp(1)
 
 
-def tiles(x: Tensor, weight: Tensor, bias: Tensor, compiled: bool) -> Iterator[tuple[slice, Powers]]:
-    """Of a few positions at a time of states `x` (M, D), which are, and their powers, good until the next."""
-    width, rows = BLOCK * torch.get_num_threads(), min(ROWS, len(x))
-    heads = list(zip(weight.split(width), bias.split(width), strict=True))
-    room = torch.empty(len(heads), rows, width)
-    room[-1, :, len(heads[-1][0]) :] = 0
-    exponentiate = native.exponentiate if compiled else _exponentiate
-    for start in range(0, len(x), rows):
-        states = x[start : start + rows]
-        found = []
-        for powers, (w, b) in zip(room[:, : len(states)], heads, strict=True):
-            found.append(exponentiate(torch.addmm(b, states, w.t(), out=powers[:, : len(w)])))
-        tops, masses = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
-        yield slice(start, start + rows), Powers(room[:, : len(states)], tops, masses)
+class Head(NamedTuple):
+    """What makes logits x W' + b of states: `weight` (C, D), `bias` (C,), and whether `native` does its part."""
+
+    weight: Tensor
+    bias: Tensor
+    compiled: bool
+
+    def blocks(self) -> list[Head]:
+        width = BLOCK * torch.get_num_threads()
+        parts = zip(self.weight.split(width), self.bias.split(width), strict=True)
+        return [Head(*part, self.compiled) for part in parts]
+
+    def exponentiated(self, x: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The powers (m, C) of states `x` (m, D), in `room`; the tops (m,), the masses (m,)."""
+        scores = room.view(-1)[: len(x) * len(self.weight)].view(len(x), -1)
+        torch.addmm(self.bias, x, self.weight.t(), out=scores)
+        return scores, *self.exponentiate(scores)
+
+    def exponentiate(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Turns each row of `scores` (m, n) into its powers of e, relative to the largest: returns that (m,) and their
+        sum (m,)."""
+        if self.compiled:
+            return native.exponentiate(scores)
+        tops = scores.amax(dim=1)
+        return tops, scores.sub_(tops[:, None]).clamp_(min=LEAST).exp_().sum(dim=1)
+
+    def tiles(self, x: Tensor, keep: bool = False) -> Iterator[tuple[slice, Powers]]:
+        """Of a few positions at a time of states `x` (M, D), which these are, and their powers, good until the next."""
+        blocks, rows = self.blocks(), min(ROWS, len(x))
+        room = torch.empty(len(blocks) if keep else 1, rows, len(blocks[0].weight))
+        for start in range(0, len(x), rows):
+            some = slice(start, start + rows)
+            found = [block.exponentiated(x[some], room[i if keep else 0]) for i, block in enumerate(blocks)]
+            powers, tops, masses = zip(*found, strict=True)
+            yield some, Powers(list(powers) if keep else [], torch.stack(tops, dim=1), torch.stack(masses, dim=1))
+
+    def of_blocks(self, x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        """The powers (m, codes) of states `x` (m, D) in one `block` (m,) each, in ascending order, and its first code
+        (m,)."""
+        blocks = self.blocks()
+        width = len(blocks[0].weight)
+        scores, start = torch.empty(len(x), width), 0
+        for number, size in zip(*(t.tolist() for t in block.unique(return_counts=True)), strict=True):
+            part, (weight, bias, _) = slice(start, start + size), blocks[number]
+            torch.addmm(bias, x[part], weight.t(), out=scores[part, : len(weight)])
+            scores[part, len(weight) :] = -torch.inf  # its power is lost to rounding: that of the top is 1
+            start += size
+        self.exponentiate(scores)
+        return scores, block * width
+
+    def logits(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Of one code for each of states `x` (m, D): (m,)."""
+        return (x * F.embedding(codes, self.weight)).sum(1) + self.bias[codes]
 
 
-def _exponentiate(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns each row of `scores` (m, n) into its powers of e, relative to the largest: returns that (m,) and their sum
-    (m,)."""
-    tops = scores.amax(dim=1)
-    return tops, scores.sub_(tops[:, None]).clamp_(min=LEAST).exp_().sum(dim=1)
-
-
-def nats(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, compiled: bool) -> Tensor:
+def nats(x: Tensor, head: Head, codes: Tensor) -> Tensor:
     """-ln p (M,) of `codes` (M,), no gradient."""
-    total = torch.cat([powers.total() for _, powers in tiles(x, weight, bias, compiled)])
-    return total - _logits(x, weight, bias, codes)
+    return torch.cat([powers.total() for _, powers in head.tiles(x)]) - head.logits(x, codes)
 
 
-def draw(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor, compiled: bool) -> tuple[Tensor, Tensor]:
-    """Codes (M,) from the softmax by inversion at `u` (M,), and the ln p of each (M,): first a block, then the code."""
-    codes, log_p = torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
-    for some, (powers, tops, masses) in tiles(x, weight, bias, compiled):
-        shares = (tops + masses.log()).double().softmax(dim=1)
-        block, rest = invert(shares, u[some].double())
-        inside = powers[block, torch.arange(len(block))]
-        at, _ = invert(inside, rest.float().clamp(max=1 - 2**-24))
-        codes[some] = block * powers.shape[2] + at
-        block, at = block[:, None], at[:, None]
-        share = shares.gather(1, block).log().float() - masses.gather(1, block).log()
-        log_p[some] = (share + inside.gather(1, at).log())[:, 0]
-    return codes, log_p
+def draw(x: Tensor, head: Head, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (M,) from the softmax by inversion at `u` (M,), and the ln p of each (M,): first a block of codes, then one
+    of these."""
+    codes, total = torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
+    for some, powers in head.tiles(x):
+        total[some] = powers.total()
+        block, rest = invert((powers.tops + powers.masses.log()).double().softmax(dim=1), u[some].double())
+        order = block.argsort()
+        inside, first = head.of_blocks(x[some][order], block[order])
+        found, _ = invert(inside, rest[order].float().clamp(max=1 - 2**-24))
+        codes[some] = torch.empty_like(block).scatter_(0, order, first + found)
+    codes.clamp_(max=len(head.weight) - 1)  # where a NaN led beyond the last
+    return codes, head.logits(x, codes) - total
 
 
 def invert(masses: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,35 +127,31 @@ def invert(masses: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return found.squeeze(-1), rest.squeeze(-1).clamp(min=0.0)
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Tensor:
-    return (x * F.embedding(codes, weight)).sum(1) + bias[codes]
-
-
 class CrossEntropy(torch.autograd.Function):
     """The mean of `nats`, with label smoothing s: H(k) = -ln p(k) makes it H(true) + s (l_true - mean l).
 
-    The gradients are found at once, of what has one: a second look would have to make all powers again.
+    The gradients are found at once, of all inputs if of one: a second look would have to make all powers again.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, smoothing: float, compiled: bool
     ) -> Tensor:
-        grads = [torch.zeros_like(t) for t in (x, weight, bias)] if any(ctx.needs_input_grad) else None
-        totals = []
-        for some, powers in tiles(x, weight, bias, compiled):
+        head, descends = Head(weight, bias, compiled), any(ctx.needs_input_grad)
+        totals, of_x = [], torch.zeros_like(x)
+        of_head = x.new_zeros(x.shape[1] + 1, len(weight))  # that of the bias below that of the weight, turned
+        for some, powers in head.tiles(x, keep=descends):
             totals.append(powers.total())
-            if grads is not None:
-                _descend(powers, totals[-1], x[some], weight, grads[0][some], *grads[1:])
+            if descends:
+                _descend(powers, totals[-1], x[some], head, of_x[some], of_head)
         mean, sure = weight.mean(0), 1 - smoothing
-        if grads is not None:  # so far of the sum of `totals`
-            of_x, of_weight, of_bias = grads
+        if descends:  # so far of the sum of `totals`
             of_x.sub_(F.embedding(codes, weight), alpha=sure).sub_(mean, alpha=smoothing)
+            of_weight, of_bias = of_head[:-1].t().contiguous(), of_head[-1]
             of_weight.index_add_(0, codes, x, alpha=-sure).sub_(x.sum(0), alpha=smoothing / len(weight))
             of_bias.index_add_(0, codes, x.new_ones(len(x)), alpha=-sure).sub_(smoothing * len(x) / len(weight))
-            ctx.save_for_backward(*(t.div_(len(x)) for t in grads))
-        true, middle = _logits(x, weight, bias, codes), x @ mean + bias.mean()
-        return (torch.cat(totals) - sure * true - smoothing * middle).mean()
+            ctx.save_for_backward(*(t.div_(len(x)) for t in (of_x, of_weight, of_bias)))
+        return (torch.cat(totals) - sure * head.logits(x, codes) - smoothing * (x @ mean + bias.mean())).mean()
 
     @staticmethod
     @once_differentiable
@@ -132,15 +159,13 @@ class CrossEntropy(torch.autograd.Function):
         return *(gradient * t for t in ctx.saved_tensors), None, None, None
 
 
-def _descend(
-    powers: Powers, total: Tensor, x: Tensor, weight: Tensor, of_x: Tensor, of_weight: Tensor, of_bias: Tensor
-) -> None:
-    """Adds the gradients of the sum of `total` (m,)."""
-    width = powers.powers.shape[2]
+def _descend(powers: Powers, total: Tensor, x: Tensor, head: Head, of_x: Tensor, of_head: Tensor) -> None:
+    """Adds the gradients of the sum of `total` (m,): of `x` (m, D), and of the weight and the bias (D + 1, C)."""
     shares = (powers.tops - total[:, None]).exp().t().contiguous()  # p of each block's top
-    parts = zip(*(t.split(width) for t in (weight, of_weight, of_bias)), shares, powers.powers, strict=True)
-    for w, of_w, of_b, share, part in parts:
-        part = part[:, : len(w)]
-        of_x.addcmul_(part @ w, share[:, None])
-        of_w.addmm_(part.t(), x * share[:, None])
-        of_b.addmv_(part.t(), share)
+    wide = F.pad(x, (0, 1), value=1.0)
+    width = powers.powers[0].shape[1]
+    for block, part, share, of_block in zip(
+        head.blocks(), powers.powers, shares[..., None], of_head.split(width, dim=1), strict=True
+    ):
+        of_x.addcmul_(part @ block.weight, share)
+        of_block.addmm_((wide * share).t(), part)

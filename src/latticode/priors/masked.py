@@ -298,8 +298,9 @@ class Masked(Prior):
     @property
     def _whole(self) -> tuple[Tensor, Tensor] | None:
         """Weights (C, D) and biases (C,) of the linear head, if one softmax is over whole codes."""
-        one = self.bias is not None and len(self.symbols.sizes) == 1
-        return (self.embedding.weight[: self.rows], self.bias) if one else None
+        if self.bias is None or len(self.symbols.sizes) > 1:
+            return None
+        return self.embedding.weight[: self.rows], self.bias
 
     def _tiles(self, y_GMD: Tensor, of_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """States (G, m, D) of a few positions at a time, and what `of_M` holds of these.
