@@ -2,15 +2,19 @@
 
     python benchmarks/study.py runs/study/cifar10 runs/study/cifar10-vq --out study-cifar10.png > study-cifar10.md
 
-Each argument is the folder of a `latticode study`; what they differ in besides quantizers, sizes and seeds is refused,
-but where FOLDER@WORD adds a word to the names of its quantizers that says it: `runs/study/cifar10-digits@digits`.
-Prints a table for each metric, quantizers against sizes as mean ± standard deviation over seeds, and PSNR less that of
-`--rival` at the same cost, interpolated between its sizes. Draws the charts of the study's report.
+Each argument is the folder of a `latticode study`, or the jobs that `--rows FILE.csv` kept of such folders. What they
+differ in besides quantizers, sizes and seeds is refused, but where STUDY@WORD adds a word to the names of its
+quantizers that says it: `runs/study/cifar10-digits@digits`. Prints a table for each metric, quantizers against sizes as
+mean ± standard deviation over seeds, and PSNR less that of `--rival` at the same cost, interpolated between its sizes.
+Draws the charts of the study's report.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import io
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +30,7 @@ from latticode.figures import STYLE, Picture
 from latticode.pictures import save_png
 from latticode.study.page import charts
 from latticode.study.plan import read_plan
-from latticode.study.table import Row, Spread, finished, job_folder, over_seeds, protocols, read_rows
+from latticode.study.table import Row, Spread, finished, job_folder, over_seeds, protocols, read_rows, write_csv
 
 METRICS = {  # title, factor, decimals
     "psnr": ("PSNR, dB", 1.0, 2),
@@ -43,17 +47,20 @@ ACROSS = 2  # charts in a row
 
 
 def main(
-    folders: Annotated[list[str], typer.Argument(metavar="STUDY...", help="Folders of studies, or FOLDER@WORD.")],
+    studies: Annotated[list[str], typer.Argument(metavar="STUDY...", help="Folders, or rows kept, or STUDY@WORD.")],
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the charts go.")],
     rival: Annotated[str, typer.Option(metavar="QUANTIZER", help="The one to compare with at equal cost.")] = "vq-ema",
     names: Annotated[str, typer.Option(metavar="QUANTIZER,...", help="These alone, as the tables name them.")] = "",
+    rows_to: Annotated[Path | None, typer.Option("--rows", metavar="FILE.csv", help="Keep each job's numbers.")] = None,
     only: Annotated[str, typer.Option(metavar="KEY,...", help=f"Of {', '.join(METRICS)}.")] = ",".join(METRICS),
 ) -> None:
     """Print the tables of some studies and draw their charts."""
     keys = only.split(",")
     unwanted = METRICS.keys() - {"psnr", *keys}
-    rows = [{key: value for key, value in row.items() if key not in unwanted} for row in together(folders)]
-    rows = [row for row in rows if "error" not in row and (not names or row["quantizer"] in names.split(","))]
+    rows = [row for row in together(studies) if not names or row["quantizer"] in names.split(",")]
+    if rows_to is not None:
+        write_csv(rows_to, rows)
+    rows = [{key: value for key, value in row.items() if key not in unwanted} for row in rows]
     for key in keys:
         if table := list(against_size(over_seeds(rows, key), *METRICS[key])):
             print(*table, sep="\n", end="\n\n")
@@ -64,20 +71,38 @@ def main(
     save_png(out, Image.fromarray(tiled([rastered(chart) for chart in (*by_size, *by_cost)])))
 
 
-def together(folders: Sequence[str]) -> Iterator[Row]:
-    """The rows of all studies. Raises ValueError for a folder that holds none, and if protocols of one word differ."""
-    references: dict[str, tuple[str, dict[str, Any]]] = {}
-    for folder, _, word in (text.partition("@") for text in folders):
-        plan = read_plan(Path(folder))
-        if plan is None:
-            raise ValueError(f"{folder} holds no study")
-        job = next(job for job in plan.jobs if finished(Path(folder), plan, job))
-        own = protocols(job_folder(Path(folder), job))
-        first, reference = references.setdefault(word, (folder, own))
-        if changes := differences(reference, own):
-            raise ValueError(f"{folder} was made under another protocol than {first}: {changes}")
-        for row in read_rows(Path(folder), plan):
+def together(studies: Sequence[str]) -> Iterator[Row]:
+    """The rows of all studies, each with the fingerprint of its `protocol`. Raises ValueError for a study that has
+    none, and if protocols of one word differ."""
+    references: dict[str, tuple[str, Row, dict[str, Any] | None]] = {}
+    for study, _, word in (text.partition("@") for text in studies):
+        rows, own = kept(Path(study)) if study.endswith(".csv") else made(Path(study))
+        for row in rows:
+            first, reference, theirs = references.setdefault(word, (study, row, own))
+            if row["protocol"] != reference["protocol"]:
+                told = f": {differences(theirs, own)}" if own and theirs else ""
+                raise ValueError(f"{study} was made under another protocol than {first}{told}")
             yield {**row, "quantizer": f"{row['quantizer']} {word}".strip()}
+
+
+def made(folder: Path) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of the finished jobs of a study, and their protocol."""
+    plan = read_plan(folder)
+    if plan is None:
+        raise ValueError(f"{folder} holds no study")
+    own = protocols(job_folder(folder, next(job for job in plan.jobs if finished(folder, plan, job))))
+    fingerprint = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
+    return [{**row, "protocol": fingerprint} for row in read_rows(folder, plan) if "error" not in row], own
+
+
+def kept(file: Path) -> tuple[list[Row], None]:
+    """The rows that `--rows` wrote; of their protocol there is the fingerprint alone."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows or "protocol" not in rows[0]:
+        raise ValueError(f"{file} holds no rows of jobs that name their protocol, as --rows writes them")
+    words = ("quantizer", "protocol")
+    return [{k: v if k in words else json.loads(v) for k, v in row.items() if v} for row in rows], None
 
 
 def against_size(found: dict[str, dict[int, Spread]], title: str, factor: float, decimals: int) -> Iterator[str]:
