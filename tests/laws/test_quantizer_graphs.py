@@ -1,0 +1,85 @@
+"""Every quantizer as one graph: compiled, exported, as ONNX."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latticode.quantizers import Quantizer
+from zoo import latents, same
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph(quantizer: Quantizer, training: bool):
+    """No graph break; values, gradients and what a training step does to the state are eager's."""
+    torch._dynamo.reset()
+    quantizer.train(training)
+    twin = copy.deepcopy(quantizer)
+    compiled = torch.compile(quantizer, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        results = []
+        for module in (compiled, twin):
+            torch.manual_seed(step)
+            z = latents(60, twin.dim, seed=step).requires_grad_()
+            out = module(z)
+            (gradient,) = torch.autograd.grad(out.latents.square().sum() + sum(out.losses.values()), z)
+            results.append((out, gradient))
+        (ours, ours_gradient), (theirs, theirs_gradient) = results
+        assert torch.equal(ours.codes, theirs.codes)
+        torch.testing.assert_close(ours.latents, theirs.latents)
+        torch.testing.assert_close(dict(ours.losses), dict(theirs.losses))
+        torch.testing.assert_close(ours_gradient, theirs_gradient)
+    for key, value in quantizer.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[key])
+
+
+class Both(nn.Module):
+    """What a deployed tokenizer needs of its quantizer."""
+
+    def __init__(self, quantizer: Quantizer):
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return self.quantizer.encode(z), self.quantizer.decode(codes)
+
+
+def exported(trained: Quantizer) -> torch.export.ExportedProgram:
+    z = latents(6, trained.dim)
+    batch = {0: torch.export.Dim("batch")}
+    shapes = {"z": batch, "codes": batch}
+    return torch.export.export(Both(trained), (z, trained.encode(z)), dynamic_shapes=shapes)
+
+
+def test_exports_with_a_dynamic_batch(trained: Quantizer):
+    program = exported(trained).module()
+    z = latents(41, trained.dim, seed=3)
+    codes = trained.encode(z)
+    ours, restored = program(z, codes)
+    assert torch.equal(ours, codes)
+    torch.testing.assert_close(restored, trained.decode(codes))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_onnx_gives_the_same_codes(trained: Quantizer):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    program = torch.onnx.export(exported(trained), dynamo=True, verbose=False, optimize=True)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    z = latents(41, trained.dim, seed=3)
+    codes = trained.encode(z)
+    names = [one.name for one in session.get_inputs()]
+    ours, restored = (torch.from_numpy(a) for a in session.run(None, dict(zip(names, (z.numpy(), codes.numpy())))))
+    assert torch.equal(ours, codes)
+    torch.testing.assert_close(restored, trained.decode(codes))
+
+
+def test_one_graph_of_encode(trained: Quantizer):
+    torch._dynamo.reset()
+    z = latents(30, trained.dim)
+    codes = trained.encode(z)
+    assert torch.equal(torch.compile(trained.encode, backend="aot_eager", fullgraph=True)(z), codes)
+    assert same(torch.compile(trained.decode, backend="aot_eager", fullgraph=True)(codes), trained.decode(codes))
