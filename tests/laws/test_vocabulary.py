@@ -111,16 +111,15 @@ def test_draws_follow_the_distribution(kernel: str):
 
 @every_kernel
 def test_no_tensor_grows_with_positions_times_codes(kernel: str):
-    y, weight, bias, codes = head(2000, 500)
-    room = 8 * 16 * 32  # positions of a tile, codes of whole blocks
+    y, weight, bias, codes = head(300, 200)
     with kernels.use(kernel), Largest() as largest:
         kernels.head_nats(y, weight, bias, codes)
-        kernels.head_draw(y, weight, bias, torch.rand(2000))
+        kernels.head_draw(y, weight, bias, torch.rand(300))
         kernels.head_cross_entropy(y.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), codes).backward()
-    assert largest.numel <= max(room * torch.get_num_threads(), 2000 * 32)
+    assert largest.numel <= 300 * 7, "the states, with a one behind each; a tile of 8 positions has 13 blocks of 16"
     with torch.autocast("cpu", dtype=torch.bfloat16), Largest() as largest:
         kernels.head_cross_entropy(y, weight, bias, codes)
-    assert largest.numel == 2000 * 500, "half precision takes PyTorch's plain path"
+    assert largest.numel == 300 * 200, "half precision takes PyTorch's plain path"
 
 
 @every_kernel
