@@ -102,11 +102,11 @@ def test_the_ends_of_the_distribution(u: float, kernel: str):
 @every_kernel
 def test_draws_follow_the_distribution(kernel: str):
     y, weight, bias, _ = head(1, 40)
-    u = (torch.arange(20000) + 0.5) / 20000  # every share of [0, 1) alike
+    u = (torch.arange(4000) + 0.5) / 4000  # every share of [0, 1) alike
     with kernels.use(kernel):
-        drawn, _ = kernels.head_draw(y.expand(20000, -1), weight, bias, u)
-    found = torch.bincount(drawn, minlength=40) / 20000
-    torch.testing.assert_close(found, F.linear(y, weight, bias)[0].softmax(0), rtol=0, atol=1e-4)
+        drawn, _ = kernels.head_draw(y.expand(4000, -1), weight, bias, u)
+    found = torch.bincount(drawn, minlength=40) / 4000
+    torch.testing.assert_close(found, F.linear(y, weight, bias)[0].softmax(0), rtol=0, atol=3e-4)
 
 
 @every_kernel
