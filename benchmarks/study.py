@@ -88,9 +88,10 @@ def together(studies: Sequence[str]) -> Iterator[Row]:
 def made(folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """The rows of the finished jobs of a study, and their protocol."""
     plan = read_plan(folder)
-    if plan is None:
-        raise ValueError(f"{folder} holds no study")
-    own = protocols(job_folder(folder, next(job for job in plan.jobs if finished(folder, plan, job))))
+    job = None if plan is None else next((job for job in plan.jobs if finished(folder, plan, job)), None)
+    if plan is None or job is None:
+        raise ValueError(f"{folder} holds no study, or none with a finished job")
+    own = protocols(job_folder(folder, job))
     fingerprint = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
     return [{**row, "protocol": fingerprint} for row in read_rows(folder, plan) if "error" not in row], own
 
@@ -102,7 +103,11 @@ def kept(file: Path) -> tuple[list[Row], None]:
     if not rows or "protocol" not in rows[0]:
         raise ValueError(f"{file} holds no rows of jobs that name their protocol, as --rows writes them")
     words = ("quantizer", "protocol")
-    return [{k: v if k in words else json.loads(v) for k, v in row.items() if v} for row in rows], None
+    return [{k: v if k in words else number(v) for k, v in row.items() if v} for row in rows], None
+
+
+def number(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)
 
 
 def against_size(found: dict[str, dict[int, Spread]], title: str, factor: float, decimals: int) -> Iterator[str]:

@@ -321,7 +321,7 @@ def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, s
 
     For states `x` (M, D), `weight` (C, D) and `bias` (C,). Differentiable; a CPU needs no memory of M C numbers for it.
     """
-    if _active != "reference" and vocabulary.serves(x, len(weight)):
+    if _blocked(x, weight):
         return vocabulary.CrossEntropy.apply(x, weight, bias, codes, smoothing, _compiled())
     return reference.head_cross_entropy(x, weight, bias, codes, smoothing)
 
@@ -329,7 +329,7 @@ def head_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, s
 @torch.no_grad()
 def head_nats(x: Tensor, weight: Tensor, bias: Tensor, codes: Tensor) -> Tensor:
     """-ln p (M,) of `codes` (M,) under logits x W' + b as of `head_cross_entropy`; no gradient flows."""
-    if _active != "reference" and vocabulary.serves(x, len(weight)):
+    if _blocked(x, weight):
         return vocabulary.nats(x, vocabulary.Head(weight, bias, _compiled()), codes)
     parts = _portions(len(weight), x, codes)
     return torch.cat([reference.head_nats(y, weight, bias, some) for y, some in parts])
@@ -341,11 +341,15 @@ def head_draw(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor) -> tuple[Tenso
 
     Which code a u stands for may differ between kernels where it lies within rounding of two.
     """
-    if _active != "reference" and vocabulary.serves(x, len(weight)):
+    if _blocked(x, weight):
         return vocabulary.draw(x, vocabulary.Head(weight, bias, _compiled()), u)
     found = [reference.head_draw(y, weight, bias, some) for y, some in _portions(len(weight), x, u)]
     codes, log_p = zip(*found, strict=True)
     return torch.cat(codes), torch.cat(log_p)
+
+
+def _blocked(x: Tensor, weight: Tensor) -> bool:
+    return _active != "reference" and vocabulary.serves(x, len(weight))
 
 
 def _compiled() -> bool:

@@ -35,9 +35,14 @@ class Powers(NamedTuple):
     tops: Tensor  # (m, K)
     masses: Tensor  # (m, K): the sums of the powers
 
+    @property
+    def logs(self) -> Tensor:
+        """ln of the sum of e^logit over each block (m, K)."""
+        return self.tops + self.masses.log()
+
     def total(self) -> Tensor:
         """ln sum e^logit (m,)."""
-        return (self.tops + self.masses.log()).logsumexp(1)
+        return self.logs.logsumexp(1)
 
 
 class Head(NamedTuple):
@@ -106,7 +111,7 @@ def draw(x: Tensor, head: Head, u: Tensor) -> tuple[Tensor, Tensor]:
     codes, total = torch.empty(len(x), dtype=torch.int64), torch.empty(len(x))
     for some, powers in head.tiles(x):
         total[some] = powers.total()
-        block, rest = invert((powers.tops + powers.masses.log()).double().softmax(dim=1), u[some].double())
+        block, rest = invert(powers.logs.double().softmax(dim=1), u[some].double())
         order = block.argsort()
         inside, first = head.of_blocks(x[some][order], block[order])
         found, _ = invert(inside, rest[order].float().clamp(max=1 - 2**-24))

@@ -219,8 +219,8 @@ class Masked(Prior):
 
     def _nats(self, y_MD: Tensor, codes_M: Tensor) -> Tensor:
         """-ln p (M,) of `codes_M` given states `y_MD`."""
-        if self._whole is not None:
-            return kernels.head_nats(self.head(y_MD), *self._whole, codes_M)
+        if (whole := self._whole) is not None:
+            return kernels.head_nats(self.head(y_MD), *whole, codes_M)
         tiles = self._tiles(y_MD[None], codes_M)
         return torch.cat(
             [nats(self.predicted(y[0], true), self.symbols.split(true[:, None])).sum(1) for y, true in tiles]
@@ -229,8 +229,8 @@ class Masked(Prior):
     def _drawn(self, y_GMD: Tensor, u_MS: Tensor, sampling: Sampling, guidance: float) -> tuple[Tensor, Tensor]:
         """Tokens (M,) and the log p of each, from states of G = 1 branch or 2, of which `guidance` leads away from the
         second."""
-        if self._whole is not None and unfiltered(sampling):
-            tokens, log_p = self._inverted(y_GMD, u_MS[:, 0], sampling.temperature, guidance)
+        if (whole := self._whole) is not None and unfiltered(sampling):
+            tokens, log_p = self._inverted(*whole, y_GMD, u_MS[:, 0], sampling.temperature, guidance)
         else:
             found = [self._generated(y, u, sampling, guidance) for y, u in self._tiles(y_GMD, u_MS)]
             symbols, log_p = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -239,12 +239,13 @@ class Masked(Prior):
             raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
         return tokens, log_p
 
-    def _inverted(self, y_GMD: Tensor, u_M: Tensor, temperature: float, guidance: float) -> tuple[Tensor, Tensor]:
+    def _inverted(
+        self, weight_CD: Tensor, bias_C: Tensor, y_GMD: Tensor, u_M: Tensor, temperature: float, guidance: float
+    ) -> tuple[Tensor, Tensor]:
         """`_drawn` where no code of the whole ones is left out: what comes behind the head's states is linear, so that
         guidance and temperature of these are those of the logits."""
-        assert self._whole is not None
-        h_MD, (weight_CD, bias_C) = self.head(y_GMD), self._whole
-        h_MD = guided(h_MD[0], h_MD[1], guidance) if len(h_MD) > 1 else h_MD[0]
+        h_GMD = self.head(y_GMD)
+        h_MD = guided(h_GMD[0], h_GMD[1], guidance) if len(h_GMD) > 1 else h_GMD[0]
         codes, log_p = kernels.head_draw(h_MD / temperature, weight_CD, bias_C / temperature, u_M)
         return codes, log_p if temperature == 1 else -kernels.head_nats(h_MD, weight_CD, bias_C, codes)
 
@@ -290,8 +291,8 @@ class Masked(Prior):
     def smoothed(self, y_MD: Tensor, codes_M: Tensor) -> Tensor:
         """The cross entropy of `codes_M` at positions of states `y_MD`, with label smoothing of each digit: nats per
         position, a scalar."""
-        if self._whole is not None:
-            return kernels.head_cross_entropy(self.head(y_MD), *self._whole, codes_M, self.label_smoothing)
+        if (whole := self._whole) is not None:
+            return kernels.head_cross_entropy(self.head(y_MD), *whole, codes_M, self.label_smoothing)
         symbols_MS = self.symbols.split(codes_M[:, None])
         return nats(self.predicted(y_MD, codes_M), symbols_MS, smoothing=self.label_smoothing).sum(1).mean()
 
