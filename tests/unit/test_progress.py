@@ -1,4 +1,4 @@
-"""Progress lines where there is no terminal."""
+"""Progress lines where there is no terminal, and bars of a part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from latticode.engine import progress as module
-from latticode.engine.progress import progress
+from latticode.engine.progress import part_of, progress
 
 
 def test_lines_tell_a_rate_only_when_there_is_one(monkeypatch) -> None:
@@ -22,3 +22,40 @@ def test_lines_tell_a_rate_only_when_there_is_one(monkeypatch) -> None:
     first, second = out.getvalue().splitlines()
     assert first == "encode: 20/100"
     assert second == "encode: 30/100, 640 images/s, 7 s left  mse 0.125"
+
+
+def test_lines_of_a_part_are_rare_and_say_of_what(monkeypatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    out = io.StringIO()
+    with part_of("1/4 [fsq]"), progress(Console(file=out, width=20), "train", 10) as advance:
+        for done in range(1, 11):
+            now += 25.0
+            advance(done)
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == [
+        f"1/4 [fsq]: train: {done}/10" for done in (3, 6, 9)
+    ]
+    with progress(Console(file=out, width=200), "encode", 1) as advance:
+        advance(1)
+    assert out.getvalue().splitlines()[-1] == "encode: 1/1"
+
+
+def test_bars_of_a_part_vanish() -> None:
+    def left_on_screen(whole: str) -> bool:
+        out = io.StringIO()
+        with part_of(whole), progress(Console(file=out, force_terminal=True, width=200), "train", 2) as advance:
+            advance(2)
+        assert "train" in out.getvalue()
+        return not out.getvalue().rstrip("\r\n").endswith("\x1b[2K")
+
+    assert left_on_screen("")
+    assert not left_on_screen("1/4 fsq")
+
+
+def test_a_narrow_terminal_takes_from_the_bar_and_the_values_alone() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None, width=80)
+    with part_of("12/98 vq-ema-65536-0"), progress(console, "train tokenizer", 100) as advance:
+        advance(50, mse=0.02212, commitment=0.2, codebook=0.123)
+    last = out.getvalue().replace("\r", "\n").split("\n")[-3:]
+    assert any("train tokenizer" in line and "images/s" in line and "left" in line for line in last), last

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from dataclasses import replace
 from itertools import count
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from helpers import QUIET, TINY, tokenizer_spec
 from latticode import figures, load, registry
 from latticode.cli import app
 from latticode.engine import ConfigError, TrainingError, TrainingStoppedError
+from latticode.engine.progress import progress
 from latticode.metrics.classifier import Classifier
 from latticode.quantizers.levels import recommend
 from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_sizes, study
@@ -281,7 +284,7 @@ def test_finished_jobs_are_skipped(copied, monkeypatch) -> None:
 def test_shards_part_the_jobs_and_merge(done, tmp_path, monkeypatch) -> None:
     ran = []
 
-    def run(plan, job, folder, references):
+    def run(plan, job, folder, references, console):
         ran.append(job)
         shutil.copytree(done / "jobs" / job.name, folder / "jobs" / job.name)
         return "copied"
@@ -326,9 +329,30 @@ def test_an_interruption_ends_the_study(copied, monkeypatch) -> None:
         raise TrainingStoppedError("at step 1 of 2")
 
     monkeypatch.setattr(study_run, "train", train)
+    (copied / "study.html").unlink()
     with pytest.raises(TrainingStoppedError):
         study(PLAN, copied, console=QUIET)
     assert not (copied / "jobs" / job.name / "job.json").exists()
+    assert len(lines(copied)) == 3
+    assert "3 of 4" in (copied / "study.html").read_text()
+
+
+def test_a_long_study_shows_what_there_is_and_what_it_does(done, tmp_path, monkeypatch) -> None:
+    shown, out = [], io.StringIO()
+
+    def run(plan, job, folder, references, console):
+        shown.append(len(lines(folder)) if (folder / "study.html").exists() else None)
+        shutil.copytree(done / "jobs" / job.name, folder / "jobs" / job.name)
+        with progress(console, "train tokenizer", 2) as advance:
+            advance(2)
+        return "copied"
+
+    monkeypatch.setattr(study_run, "run_job", run)
+    monkeypatch.setattr(study_run, "EARLY", 0.0)
+    study(PLAN, tmp_path, console=Console(file=out, force_terminal=True, highlight=False, width=200))
+    assert shown == [None, 1, 2, 3]
+    assert "1/4 fsq-16-0: train tokenizer" in out.getvalue()
+    assert "4/4 vq-ema-64-0: copied" in out.getvalue()
 
 
 @pytest.mark.parametrize("file", ["evaluation.json", "config.yaml"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,10 +18,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 Advance = Callable[..., None]  # advance(done, **shown): done so far, and what to show beside it
 SOON = 0.5  # seconds before which a rate says nothing
+PAUSE = 60.0  # seconds at least between two lines of a part
+
+_WHOLE: ContextVar[str] = ContextVar("whole", default="")
 
 
 class _Rate(ProgressColumn):
@@ -32,19 +37,43 @@ class _Rate(ProgressColumn):
         return Text(f"{done / elapsed:,.0f} {unit}/s" if elapsed > SOON and done else f"- {unit}/s", style="cyan")
 
 
+class _Shown(ProgressColumn):
+    """What fits of the values beside the bar."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["shown"], style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def _kept() -> Column:
+    """One that a narrow terminal leaves whole: it takes from the bar and the values."""
+    return Column(no_wrap=True)
+
+
+@contextmanager
+def part_of(whole: str) -> Iterator[None]:
+    """Work within is a part of `whole` and says so: its bars vanish once they are full, its lines are rare."""
+    before = _WHOLE.set(whole)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(before)
+
+
 @contextmanager
 def progress(
     console: Console, title: str, total: int, *, unit: str = "images", scale: float = 1, start: int = 0
 ) -> Iterator[Advance]:
     """Yield `advance(done, **shown)` for `total` pieces of work, `scale` units each, of which `start` are done."""
+    whole = _WHOLE.get()
+    title = f"{whole}: {title}" if whole else title
     if not console.is_terminal:
-        with _lines(console, title, total, unit, scale, start) as advance:
+        with _lines(console, title, total, unit, scale, start, PAUSE if whole else 0) as advance:
             yield advance
         return
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24)]
-    columns += [TextColumn("{task.percentage:>3.0f}%"), _Rate(), TimeElapsedColumn()]
-    columns += [TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[shown]}", style="dim")]
-    with Progress(*columns, console=console) as bar:
+    columns += [TextColumn("{task.percentage:>3.0f}%"), _Rate(_kept()), TimeElapsedColumn(_kept())]
+    columns += [TextColumn("left"), TimeRemainingColumn(table_column=_kept()), _Shown()]
+    with Progress(*columns, console=console, transient=bool(whole)) as bar:
         task = bar.add_task(title, total=total, completed=start, unit=unit, scale=scale, first=start, shown="")
 
         def advance(done: int, **shown: float) -> None:
@@ -56,18 +85,22 @@ def progress(
 
 
 @contextmanager
-def _lines(console: Console, title: str, total: int, unit: str, scale: float, start: int) -> Iterator[Advance]:
-    begun, printed = time.monotonic(), start * 10 // max(total, 1)
+def _lines(
+    console: Console, title: str, total: int, unit: str, scale: float, start: int, pause: float
+) -> Iterator[Advance]:
+    begun = last = time.monotonic()
+    printed = start * 10 // max(total, 1)
 
     def advance(done: int, **shown: float) -> None:
-        nonlocal printed
-        if (tenth := done * 10 // max(total, 1)) > printed:
-            printed = tenth
+        nonlocal printed, last
+        now = time.monotonic()
+        if (tenth := done * 10 // max(total, 1)) > printed and now - last >= pause:
+            printed, last = tenth, now
             parts = [f"{title}: {done}/{total}"]
-            if (seconds := time.monotonic() - begun) > SOON and done > start:
+            if (seconds := now - begun) > SOON and done > start:
                 rate = (done - start) / seconds
                 parts += [f"{rate * scale:,.0f} {unit}/s", f"{(total - done) / rate:.0f} s left"]
             text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-            console.print(f"{', '.join(parts)}  {text}".rstrip())
+            console.print(f"{', '.join(parts)}  {text}".rstrip(), markup=False, soft_wrap=True)
 
     yield advance

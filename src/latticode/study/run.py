@@ -19,6 +19,7 @@ from latticode import runs
 from latticode.engine import TrainingError, TrainingStoppedError, train
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import open_loader
+from latticode.engine.progress import part_of, progress
 from latticode.evaluate import Reference
 from latticode.evaluate.common import count_of
 from latticode.files import write_text
@@ -29,6 +30,7 @@ from latticode.study.table import PROBLEMS, finished, read_rows, write_csv
 
 CALIBRATION, LOGGED = 12, 4  # steps of a measurement, and how many pass between two logs; the first few do not count
 LOOKS = (64, 320)  # images evaluated to know what all of them cost
+EARLY = 300.0  # seconds after which the page shows what there is
 QUIET = Console(quiet=True)
 
 Measure = Callable[[Plan, Job, Path], dict[str, Cost]]
@@ -37,7 +39,8 @@ Measure = Callable[[Plan, Job, Path], dict[str, Cost]]
 def study(
     plan: Plan, folder: Path, *, shard: tuple[int, int] = (1, 1), plan_only: bool = False, console: Console
 ) -> Path:
-    """Do what `folder` lacks of `plan`, or the `shard` (i, n) of it, and write study.csv and study.html there.
+    """Do what `folder` lacks of `plan`, or the `shard` (i, n) of it, and write study.csv and study.html there: in the
+    end, also if interrupted, and every five minutes before.
 
     Returns the path of the page. Where `folder` holds a plan already, its steps are taken. A job that fails is recorded
     and tried again by the next call. Raises ValueError for overrides that a job would refuse, for a folder with another
@@ -53,16 +56,22 @@ def study(
     todo = [job for job in mine if not finished(folder, plan, job)]
     if len(todo) < len(mine):
         console.print(f"{len(mine) - len(todo)} of {len(mine)} jobs are there already")
-    began, spent = time.monotonic(), 0.0
+    began = written = time.monotonic()
+    spent = 0.0
     references: dict[str, Reference] = {}
-    for number, job in enumerate(todo, 1):
-        said = run_job(plan, job, folder, references)
-        spent += plan.estimate(job)
-        left = (time.monotonic() - began) / spent * sum(plan.estimate(other) for other in todo[number:])
-        console.print(f"{number}/{len(todo)} {job.name}: {said}; {_duration(left)} left", markup=False, soft_wrap=True)
-    rows = read_rows(folder, plan)
-    write_csv(folder / "study.csv", rows)
-    page = write_study_page(folder, plan, rows)
+    try:
+        for number, job in enumerate(todo, 1):
+            which = f"{number}/{len(todo)} {job.name}"
+            with part_of(which):
+                said = run_job(plan, job, folder, references, console=console)
+            spent += plan.estimate(job)
+            left = (time.monotonic() - began) / spent * sum(plan.estimate(other) for other in todo[number:])
+            console.print(f"{which}: {said}; {_duration(left)} left", markup=False, soft_wrap=True)
+            if time.monotonic() - written > EARLY:
+                _write(folder, plan)
+                written = time.monotonic()
+    finally:
+        page = _write(folder, plan)
     if failed := [job.name for job in mine if not finished(folder, plan, job)]:
         raise TrainingError(
             f"{len(failed)} of {len(mine)} jobs failed: {', '.join(failed)}; {page} has the others and says why; "
@@ -71,7 +80,15 @@ def study(
     return page
 
 
-def run_job(plan: Plan, job: Job, folder: Path, references: dict[str, Reference] | None = None) -> str:
+def _write(folder: Path, plan: Plan) -> Path:
+    rows = read_rows(folder, plan)
+    write_csv(folder / "study.csv", rows)
+    return write_study_page(folder, plan, rows)
+
+
+def run_job(
+    plan: Plan, job: Job, folder: Path, references: dict[str, Reference] | None = None, *, console: Console
+) -> str:
     """Train and evaluate one job; returns its scores in words, or its error, which is recorded in its folder.
 
     Jobs that share `references` look at the training images, which samples are measured against, only once.
@@ -83,11 +100,11 @@ def run_job(plan: Plan, job: Job, folder: Path, references: dict[str, Reference]
     watching = _forget_peak()
     error, scores = "", {}
     try:
-        scores = _tokenizer(plan, job, place)
+        train(plan.tokenizer_config(job), place, resume=True, console=console)
+        scores = _evaluate(plan, place, plan.limit, console)
         if plan.prior:
-            config = plan.prior_config(job, place)
-            train(config, place / "prior", resume=True, console=QUIET)
-            scores |= _evaluate(plan, place / "prior", plan.limit, references)
+            train(plan.prior_config(job, place), place / "prior", resume=True, console=console)
+            scores |= _evaluate(plan, place / "prior", plan.limit, console, references)
     except TrainingStoppedError:
         raise
     except TrainingError as failure:
@@ -104,15 +121,10 @@ def run_job(plan: Plan, job: Job, folder: Path, references: dict[str, Reference]
     return f"{', '.join(shown)}, {_duration(time.monotonic() - began)}"
 
 
-def _tokenizer(plan: Plan, job: Job, place: Path) -> dict[str, Any]:
-    train(plan.tokenizer_config(job), place, resume=True, console=QUIET)
-    return _evaluate(plan, place, plan.limit)
-
-
 def _evaluate(
-    plan: Plan, run: Path, limit: int | None, references: dict[str, Reference] | None = None
+    plan: Plan, run: Path, limit: int | None, console: Console, references: dict[str, Reference] | None = None
 ) -> dict[str, Any]:
-    shared: dict[str, Any] = {"references": references, "console": QUIET}
+    shared: dict[str, Any] = {"references": references, "console": console}
     return runs.evaluate(run, features=plan.features, samples=plan.samples, limit=limit, **shared)
 
 
@@ -144,11 +156,13 @@ def calibrated(
     began = clock()
     costs: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     measured(replace(plan, prior=False), plan.jobs[0], folder / "calibration")  # a process's first run is its slowest
-    for name in plan.quantizers:
-        for size in sorted({plan.sizes[0], plan.sizes[-1]}):
+    looks = [(name, size) for name in plan.quantizers for size in sorted({plan.sizes[0], plan.sizes[-1]})]
+    with progress(console, "measure", len(looks), unit="steps", scale=CALIBRATION) as advance:
+        for done, (name, size) in enumerate(looks, 1):
             asked = replace(plan, prior=plan.prior and name == plan.quantizers[0])
             for kind, cost in measured(asked, Job(name, size, 0), folder / "calibration").items():
                 costs.setdefault(kind, {}).setdefault(name, {})[str(size)] = (cost.fixed, cost.step)
+            advance(done)
     if plan.prior:
         costs["prior"] = dict.fromkeys(plan.quantizers, costs["prior"][plan.quantizers[0]])
     budget = plan.budget
@@ -176,9 +190,9 @@ def _timed(plan: Plan, config: RunConfig, run: Path) -> Cost:
     began = time.monotonic()
     train(config, run, console=QUIET)
     trained = time.monotonic()
-    few = _evaluate(plan, run, LOOKS[0])["count"]
+    few = _evaluate(plan, run, LOOKS[0], QUIET)["count"]
     looked = time.monotonic()
-    more = _evaluate(plan, run, LOOKS[1])["count"]
+    more = _evaluate(plan, run, LOOKS[1], QUIET)["count"]
     first, second = looked - trained, time.monotonic() - looked
     an_image = max(0.0, second - first) / max(more - few, 1)
     images = max(
