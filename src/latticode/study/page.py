@@ -14,6 +14,7 @@ from latticode.report import Section, Table, cell, write_page
 from latticode.study.plan import Job, Plan
 from latticode.study.table import Row, Spread, columns_of, job_folder, over_seeds, protocols
 
+PAGE = "study.html"
 BITS = "log2 of the codebook's size"
 TITLES = {
     "psnr": "PSNR, dB",
@@ -30,7 +31,7 @@ FRONTIERS = ("entropy_bits", "compression_cost")  # what a reconstruction really
 
 
 def write_study_page(folder: Path, plan: Plan, rows: Sequence[Row]) -> Path:
-    """Write `folder`/study.html and return its path."""
+    """Write the page of the study in `folder` and return its path."""
     done = [row for row in rows if "error" not in row]
     facts = {
         "data": plan.source,
@@ -41,7 +42,7 @@ def write_study_page(folder: Path, plan: Plan, rows: Sequence[Row]) -> Path:
         "budget": None if plan.budget is None else f"{plan.budget / 60:.0f} min",
     }
     sections = [*_sections(folder, plan, done), *_failures(rows), *_protocol(folder, plan, done)]
-    path = folder / "study.html"
+    path = folder / PAGE
     write_page(path, "The trade-off study", sections, facts)
     return path
 

@@ -24,7 +24,7 @@ from latticode.evaluate import Reference
 from latticode.evaluate.common import count_of
 from latticode.files import write_text
 from latticode.report import cell
-from latticode.study.page import write_study_page
+from latticode.study.page import PAGE, write_study_page
 from latticode.study.plan import Cost, Job, Plan, check_same, planned, read_plan
 from latticode.study.table import PROBLEMS, finished, read_rows, write_csv
 
@@ -70,6 +70,9 @@ def study(
             if time.monotonic() - written > EARLY:
                 _write(folder, plan)
                 written = time.monotonic()
+    except TrainingStoppedError:
+        told = f"interrupted; {folder / PAGE} shows what is done, and the same command goes on where it was"
+        raise TrainingStoppedError(told) from None
     finally:
         page = _write(folder, plan)
     if failed := [job.name for job in mine if not finished(folder, plan, job)]:
