@@ -330,7 +330,7 @@ def test_an_interruption_ends_the_study(copied, monkeypatch) -> None:
 
     monkeypatch.setattr(study_run, "train", train)
     (copied / "study.html").unlink()
-    with pytest.raises(TrainingStoppedError, match="study.html shows what is done, and the same command"):
+    with pytest.raises(TrainingStoppedError, match="shows what is done, and the same command"):
         study(PLAN, copied, console=QUIET)
     assert not (copied / "jobs" / job.name / "job.json").exists()
     assert len(lines(copied)) == 3
