@@ -67,7 +67,7 @@ def study(
             spent += plan.estimate(job)
             left = (time.monotonic() - began) / spent * sum(plan.estimate(other) for other in todo[number:])
             console.print(f"{which}: {said}; {_duration(left)} left", markup=False, soft_wrap=True)
-            if time.monotonic() - written > EARLY:
+            if number < len(todo) and time.monotonic() - written > EARLY:
                 _write(folder, plan)
                 written = time.monotonic()
     except TrainingStoppedError:
