@@ -105,11 +105,12 @@ def encode(
     """Turn images, recordings or clips into a token dataset that remembers its tokenizer."""
     from latticode import runs
     from latticode.engine import tokens
+    from latticode.engine.progress import tell_skipped
 
     config, tokenizer = runs.open_tokenizer(run, device)
     loader = runs.open_whole(config, source, split.value, own_size=own_size, batch_size=batch_size)
     dataset = tokens.encode(tokenizer, loader, target, tile=tile, console=err, resume=resume)
-    _skipped(dataset.manifest["skipped"])
+    tell_skipped(err, dataset.manifest["skipped"])
     out.print(f"{len(dataset)} {loader.preprocess.medium.noun}s in {target}, {tokenizer.bits:.2f} bits per position")
 
 
@@ -326,6 +327,7 @@ def predict(
 
     Example: latticode predict runs/uvim-depth-small-guide photo.jpg predicted
     """
+    from latticode.engine.progress import tell_skipped
     from latticode.predict import predict as run_prediction
 
     result = run_prediction(
@@ -338,7 +340,7 @@ def predict(
         device=device,
         console=err,
     )
-    _skipped(result.skipped)
+    tell_skipped(err, result.skipped)
     out.print(f"{len(result.files)} predictions in {target}, {result.way}")
 
 
@@ -415,13 +417,6 @@ def _clip(name: str | None, device: str) -> Any:
     from latticode.scores import load_clip
 
     return load_clip(name, pick_device(device))
-
-
-def _skipped(skipped: dict[str, str]) -> None:
-    for name, reason in skipped.items():
-        err.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
-    if skipped:
-        err.print(f"{len(skipped)} images skipped", style="yellow")
 
 
 def main() -> None:

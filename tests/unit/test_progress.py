@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
 from latticode.engine import progress as module
-from latticode.engine.progress import part_of, progress
+from latticode.engine.progress import part_of, progress, tell_skipped
 
 
 def test_lines_tell_a_rate_only_when_there_is_one(monkeypatch) -> None:
@@ -28,7 +29,7 @@ def test_lines_of_a_part_are_rare_and_say_of_what(monkeypatch) -> None:
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     out = io.StringIO()
-    with part_of("1/4 [fsq]"), progress(Console(file=out, width=20), "train", 10) as advance:
+    with part_of("1/4 [fsq]", set()), progress(Console(file=out, width=20), "train", 10) as advance:
         for done in range(1, 11):
             now += 25.0
             advance(done)
@@ -41,21 +42,41 @@ def test_lines_of_a_part_are_rare_and_say_of_what(monkeypatch) -> None:
 
 
 def test_bars_of_a_part_vanish() -> None:
-    def left_on_screen(whole: str) -> bool:
+    def left_on_screen(part: AbstractContextManager[None]) -> bool:
         out = io.StringIO()
-        with part_of(whole), progress(Console(file=out, force_terminal=True, width=200), "train", 2) as advance:
+        with part, progress(Console(file=out, force_terminal=True, width=200), "train", 2) as advance:
             advance(2)
         assert "train" in out.getvalue()
         return not out.getvalue().rstrip("\r\n").endswith("\x1b[2K")
 
-    assert left_on_screen("")
-    assert not left_on_screen("1/4 fsq")
+    assert left_on_screen(nullcontext())
+    assert not left_on_screen(part_of("1/4 fsq", set()))
 
 
 def test_a_narrow_terminal_takes_from_the_bar_and_the_values_alone() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system=None, width=80)
-    with part_of("12/98 vq-ema-65536-0"), progress(console, "train tokenizer", 100) as advance:
+    with part_of("12/98 vq-ema-65536-0", set()), progress(console, "train tokenizer", 100) as advance:
         advance(50, mse=0.02212, commitment=0.2, codebook=0.123)
     last = out.getvalue().replace("\r", "\n").split("\n")[-3:]
     assert any("train tokenizer" in line and "images/s" in line and "left" in line for line in last), last
+
+
+def test_a_skipped_record_is_named_once_by_the_parts_of_a_whole() -> None:
+    out, named = io.StringIO(), set()
+    console = Console(file=out, width=20)
+
+    def told(skipped: dict[str, str]) -> list[str]:
+        out.seek(0)
+        out.truncate()
+        tell_skipped(console, skipped)
+        return out.getvalue().splitlines()
+
+    first, both = {"a[0].png": "cut off at half of its length"}, {"a[0].png": "cut off", "b.png": "empty"}
+    with part_of("1/2 fsq", named):
+        assert told(first) == ["skipped a[0].png: cut off at half of its length", "1 skipped"]
+        assert told(first) == []
+    with part_of("2/2 vq", named):
+        assert told(both) == ["skipped b.png: empty", "1 skipped"]
+    assert len(told(both)) == len(told(both)) == 3
+    assert told({}) == []

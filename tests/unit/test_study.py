@@ -162,6 +162,25 @@ def test_what_a_job_would_refuse_is_refused_before_anything_trains(tmp_path, tex
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "no such path"),
+        ([], "no images under"),
+        (["a.png", "b.png"], "no image of .* can be read; the first, .*: empty"),
+    ],
+)
+def test_a_source_without_images_is_refused_before_anything_trains(tmp_path, files, message) -> None:
+    source = tmp_path / "photos"
+    if files is not None:
+        source.mkdir()
+    for name in files or ():
+        (source / name).touch()
+    with pytest.raises(ValueError, match=message):
+        study(replace(PLAN, source=str(source)), tmp_path / "study", console=QUIET)
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_network_that_cannot_see_the_images_is_refused_before_anything_trains(tmp_path) -> None:
     network = str(Classifier(10, 3, 4).save_pretrained(tmp_path / "colour"))
     for features, message in ((network, r"colour cannot judge .* \(B, 3, H, W\)"), (str(tmp_path / "none"), "none")):

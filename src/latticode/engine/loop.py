@@ -35,7 +35,7 @@ from latticode.engine.config import (
 from latticode.engine.feed import learn_vocabulary, open_feed
 from latticode.engine.finetune import Parts, parts_from, start_from
 from latticode.engine.monitor import Monitor
-from latticode.engine.progress import progress
+from latticode.engine.progress import progress, tell_skipped
 from latticode.engine.schedules import Schedules, check_movable
 from latticode.engine.tally import Tally, TrainingError, TrainingStoppedError
 from latticode.files import write_text
@@ -286,8 +286,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                 accelerator.wait_for_everyone()  # a rank that left early would have its launcher end the one that saves
                 raise TrainingStoppedError(f"interrupted at step {done} of {config.steps}, saved; go on with --resume")
     if monitor:
-        for name, reason in feed.skipped.items():
-            console.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+        tell_skipped(console, feed.skipped)
         facts: dict[str, Any] = {
             "skipped": len(feed.skipped),
             "device": str(accelerator.device),

@@ -1,11 +1,13 @@
-"""Progress with rate and time left: a live bar on a terminal, a plain line every tenth elsewhere."""
+"""What long work says: a live bar with rate and time left on a terminal, a plain line every tenth elsewhere, and the
+records that were skipped."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -25,7 +27,13 @@ Advance = Callable[..., None]  # advance(done, **shown): done so far, and what t
 SOON = 0.5  # seconds before which a rate says nothing
 PAUSE = 60.0  # seconds at least between two lines of a part
 
-_WHOLE: ContextVar[str] = ContextVar("whole", default="")
+
+class _Part(NamedTuple):
+    whole: str
+    named: set[str]  # records that this or another part of the whole has named
+
+
+_PART: ContextVar[_Part | None] = ContextVar("part", default=None)
 
 
 class _Rate(ProgressColumn):
@@ -50,13 +58,14 @@ def _kept() -> Column:
 
 
 @contextmanager
-def part_of(whole: str) -> Iterator[None]:
-    """Work within is a part of `whole` and says so: its bars vanish once they are full, its lines are rare."""
-    before = _WHOLE.set(whole)
+def part_of(whole: str, named: set[str]) -> Iterator[None]:
+    """Work within is a part of `whole` and says so: its bars vanish once they are full, its lines are rare, and parts
+    that share `named` name a skipped record once."""
+    before = _PART.set(_Part(whole, named))
     try:
         yield
     finally:
-        _WHOLE.reset(before)
+        _PART.reset(before)
 
 
 @contextmanager
@@ -64,16 +73,16 @@ def progress(
     console: Console, title: str, total: int, *, unit: str = "images", scale: float = 1, start: int = 0
 ) -> Iterator[Advance]:
     """Yield `advance(done, **shown)` for `total` pieces of work, `scale` units each, of which `start` are done."""
-    whole = _WHOLE.get()
-    title = f"{whole}: {title}" if whole else title
+    part = _PART.get()
+    title = f"{part.whole}: {title}" if part else title
     if not console.is_terminal:
-        with _lines(console, title, total, unit, scale, start, PAUSE if whole else 0) as advance:
+        with _lines(console, title, total, unit, scale, start, PAUSE if part else 0) as advance:
             yield advance
         return
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24)]
     columns += [TextColumn("{task.percentage:>3.0f}%"), _Rate(_kept()), TimeElapsedColumn(_kept())]
     columns += [TextColumn("left"), TimeRemainingColumn(table_column=_kept()), _Shown()]
-    with Progress(*columns, console=console, transient=bool(whole)) as bar:
+    with Progress(*columns, console=console, transient=part is not None) as bar:
         task = bar.add_task(title, total=total, completed=start, unit=unit, scale=scale, first=start, shown="")
 
         def advance(done: int, **shown: float) -> None:
@@ -104,3 +113,15 @@ def _lines(
             console.print(f"{', '.join(parts)}  {text}".rstrip(), markup=False, soft_wrap=True)
 
     yield advance
+
+
+def tell_skipped(console: Console, skipped: Mapping[str, str]) -> None:
+    """Name and count the records that could not be read; `skipped` is name -> reason."""
+    part = _PART.get()
+    new = {name: reason for name, reason in skipped.items() if part is None or name not in part.named}
+    for name, reason in new.items():
+        console.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    if new:
+        console.print(f"{len(new):,} skipped", style="yellow")
+    if part is not None:
+        part.named.update(new)

@@ -59,10 +59,11 @@ def study(
     began = written = time.monotonic()
     spent = 0.0
     references: dict[str, Reference] = {}
+    named: set[str] = set()  # images that were skipped
     try:
         for number, job in enumerate(todo, 1):
             which = f"{number}/{len(todo)} {job.name}"
-            with part_of(which):
+            with part_of(which, named):
                 said = run_job(plan, job, folder, references, console=console)
             spent += plan.estimate(job)
             left = (time.monotonic() - began) / spent * sum(plan.estimate(other) for other in todo[number:])
