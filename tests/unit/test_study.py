@@ -17,10 +17,11 @@ from helpers import QUIET, TINY, tokenizer_spec
 from latticode import figures, load, registry
 from latticode.cli import app
 from latticode.engine import ConfigError, TrainingError, TrainingStoppedError
-from latticode.engine.progress import progress
+from latticode.engine.progress import progress, tell_skipped
 from latticode.metrics.classifier import Classifier
 from latticode.quantizers.levels import recommend
 from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_sizes, study
+from latticode.study import plan as study_plan
 from latticode.study import run as study_run
 from latticode.study.page import charts
 from latticode.study.plan import Cost, Job, between, check_same, read_plan, steps_for, variant
@@ -295,6 +296,7 @@ def test_the_page_shows_it(done) -> None:
 
 def test_finished_jobs_are_skipped(copied, monkeypatch) -> None:
     monkeypatch.setattr(study_run, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(study_plan, "open_loader", lambda *_, **__: pytest.fail("looked at the data"))
     before = lines(copied)
     study(PLAN, copied, console=QUIET)
     assert lines(copied) == before
@@ -364,6 +366,7 @@ def test_a_long_study_shows_what_there_is_and_what_it_does(done, tmp_path, monke
         shutil.copytree(done / "jobs" / job.name, folder / "jobs" / job.name)
         with progress(console, "train tokenizer", 2) as advance:
             advance(2)
+        tell_skipped(console, {"cut.png": "image file is truncated"})
         return "copied"
 
     monkeypatch.setattr(study_run, "run_job", run)
@@ -372,6 +375,7 @@ def test_a_long_study_shows_what_there_is_and_what_it_does(done, tmp_path, monke
     assert shown == [None, 1, 2, 3]
     assert "1/4 fsq-16-0: train tokenizer" in out.getvalue()
     assert "4/4 vq-ema-64-0: copied" in out.getvalue()
+    assert out.getvalue().count("skipped cut.png") == 1
 
 
 @pytest.mark.parametrize("file", ["evaluation.json", "config.yaml"])

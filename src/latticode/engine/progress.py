@@ -118,10 +118,10 @@ def _lines(
 def tell_skipped(console: Console, skipped: Mapping[str, str]) -> None:
     """Name and count the records that could not be read; `skipped` is name -> reason."""
     part = _PART.get()
-    new = {name: reason for name, reason in skipped.items() if part is None or name not in part.named}
+    named = part.named if part else set()
+    new = {name: reason for name, reason in skipped.items() if name not in named}
     for name, reason in new.items():
         console.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
     if new:
         console.print(f"{len(new):,} skipped", style="yellow")
-    if part is not None:
-        part.named.update(new)
+    named.update(new)

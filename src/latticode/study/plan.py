@@ -208,12 +208,12 @@ class Plan:
         return _warmed(load_config(RECIPES["prior"], [*own, *more], self.tokenizer_config(job)))
 
     def check(self) -> None:
-        """Raise ConfigError or ValueError, before anything trains, for what data, tokenizers, priors or the
-        network of the FIDs would refuse."""
+        """Raise ConfigError or ValueError, before anything trains, for what tokenizers, priors or the network of the
+        FIDs would refuse, and for data without an example."""
         first = self.tokenizer_config(self.jobs[0])
         data = first.data
         next(open_loader(first, data.split, batch_size=first.batch_size).batches())
-        next(open_loader(first, "test", batch_size=1).epoch())
+        next(open_loader(first, "test", batch_size=1).epoch(), None)
         if self.features is not None and isinstance(data, ImageData):
             try:
                 network_of(self.features, "cpu")(torch.zeros(1, data.channels, *[data.size or 64] * 2))

@@ -47,13 +47,14 @@ def study(
     study, for a budget that pays for no step, and for a part of a study whose steps are not known yet: shards must not
     measure them each for itself. Raises TrainingError in the end, with everything else done, if jobs failed.
     """
-    plan.check()
-    plan = _settled(plan, folder, shard, console)
-    if plan_only:
-        return folder / "study.json"
     index, count = shard
     mine = plan.jobs[index - 1 :: count]
     todo = [job for job in mine if not finished(folder, plan, job)]
+    if todo:  # jobs that were copied together need neither data nor networks here
+        plan.check()
+    plan = _settled(plan, folder, shard, console)
+    if plan_only:
+        return folder / "study.json"
     if len(todo) < len(mine):
         console.print(f"{len(mine) - len(todo)} of {len(mine)} jobs are there already")
     began = written = time.monotonic()
