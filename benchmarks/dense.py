@@ -25,12 +25,15 @@ from rich.console import Console
 from systems import Data, Out, finish, line
 from torch import Tensor
 
-from latticode import runs
+from latticode.core.pretrained import load_model
+from latticode.core.types import Sampling
+from latticode.data.writing import save_png
 from latticode.engine.config import read_run
 from latticode.engine.feed import open_loader
 from latticode.evaluate.dense import GREEDY
-from latticode.pictures import grid_image, save_png
-from latticode.types import Sampling
+from latticode.runs.evaluate import evaluate
+from latticode.runs.open import open_model
+from latticode.viz.pictures import grid_image
 
 SHOWN = 8  # held-out examples in the picture
 Result = dict[str, Any]
@@ -120,7 +123,7 @@ def score(run: Path, task: Task) -> Result:
     if kept.is_file():
         return json.loads(kept.read_text())
     features = str(run.parent / "classifier") if task.features else None
-    return runs.evaluate(run, features=features, sampling=task.sampling, console=Console(stderr=True))
+    return evaluate(run, features=features, sampling=task.sampling, console=Console(stderr=True))
 
 
 @app.command()
@@ -192,8 +195,8 @@ def examples(run: Path) -> Tensor:
 
 def shown(run: Path, inputs: Tensor, sampling: Sampling, *, labelled: bool) -> np.ndarray:
     """Predictions for `inputs` of B examples, (B, 3, H, W) uint8; `labelled`: after their photographs and labels."""
-    config, model = runs.open_model(run, "prior" if (run / "tokenizer").is_dir() else "tokenizer")
-    uvim = runs.load_model(run / "tokenizer") if config.kind == "prior" else model
+    config, model = open_model(run, "prior" if (run / "tokenizer").is_dir() else "tokenizer")
+    uvim = load_model(run / "tokenizer") if config.kind == "prior" else model
     parts: list[Tensor] = []
     with torch.inference_mode():
         image, task = uvim.image(inputs), uvim.task

@@ -26,13 +26,14 @@ from rich.console import Console
 from systems import Data, Out, finish, line
 from torch import Tensor, nn
 
-from latticode import runs
+from latticode.core.types import Sampling
+from latticode.data.writing import save_png
 from latticode.nn.transformer import Transformer
-from latticode.outputs import preview
-from latticode.pictures import grid_image, save_png
 from latticode.priors.base import Prior
 from latticode.priors.pixelcnn import RasterNetwork
-from latticode.types import Sampling
+from latticode.runs.evaluate import evaluate
+from latticode.runs.open import open_model, open_tokenizer
+from latticode.viz.pictures import grid_image, preview
 
 Result = dict[str, Any]
 HELD_OUT, TIMED = 2000, 64
@@ -212,7 +213,7 @@ def score(run: Path, tokenizer: str, group: Group) -> Result:
     kept = run / "score.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    result = runs.evaluate(
+    result = evaluate(
         run,
         features=str(run.parent / "classifier"),
         classifier=run.parent / "judge",
@@ -221,7 +222,7 @@ def score(run: Path, tokenizer: str, group: Group) -> Result:
         sampling=group.sampling,
         console=Console(stderr=True),
     )
-    _, prior = runs.open_model(run, "prior")
+    _, prior = open_model(run, "prior")
     result |= json.loads((run / "run.json").read_text())
     result |= {"tokenizer": tokenizer, "passes": passes(prior, group)}
     kept.write_text(json.dumps(result))
@@ -242,8 +243,8 @@ def passes(prior: Prior, group: Group) -> str:
 
 def example(run: Path, group: Group) -> tuple[np.ndarray, float]:
     """One sample for each class, or each caption shown, (count, C, H, W) uint8; and samples a second, by `TIMED`."""
-    config, prior = runs.open_model(run, "prior")
-    _, tokenizer = runs.open_tokenizer(run)
+    config, prior = open_model(run, "prior")
+    _, tokenizer = open_tokenizer(run)
     preprocess, count = config.data.preprocess(), len(group.shown) or prior.classes or 10
 
     def draw(number: int) -> Tensor:

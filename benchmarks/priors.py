@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.priors import GPT, MaskGIT
 from latticode.priors.base import draw, uniforms
-from latticode.types import Conditioning, Sampling
 
 
 def uncached(prior: GPT, count: int, seed: int) -> Tensor:

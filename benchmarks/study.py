@@ -25,12 +25,12 @@ import typer
 from PIL import Image
 from systems import line
 
-from latticode.engine.config import differences
-from latticode.figures import STYLE, Picture
-from latticode.pictures import save_png
+from latticode.core.mappings import differences
+from latticode.data.writing import save_png
 from latticode.study.page import charts
 from latticode.study.plan import read_plan
 from latticode.study.table import Row, Spread, finished, job_folder, over_seeds, protocols, read_rows, write_csv
+from latticode.viz.figures import STYLE, Picture
 
 METRICS = {  # title, factor, decimals
     "psnr": ("PSNR, dB", 1.0, 2),

@@ -25,11 +25,13 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from latticode import runs
+from latticode.data.writing import save_png
 from latticode.engine.config import read_run
 from latticode.engine.feed import open_loader
-from latticode.outputs import metrics_of, preview
-from latticode.pictures import grid_image, save_png
+from latticode.metrics.reconstruction import metrics_of
+from latticode.runs.evaluate import evaluate
+from latticode.runs.open import open_tokenizer
+from latticode.viz.pictures import grid_image, preview
 
 SHOWN = 8  # held-out examples in the picture
 Result = dict[str, Any]
@@ -180,7 +182,7 @@ def train(
 def finish(run: Path, recipe: str, *overrides: str) -> None:
     """Train as a user would, or go on where it stopped; nothing if it is finished."""
     if not (run / "run.json").is_file():
-        command = [sys.executable, "-m", "latticode.cli", "train", recipe, *overrides, "-o", str(run)]
+        command = [sys.executable, "-m", "latticode.cli.main", "train", recipe, *overrides, "-o", str(run)]
         subprocess.run([*command, "--resume"] if run.exists() else command, check=True)
 
 
@@ -213,9 +215,9 @@ def score(run: Path, group: Group, data: Path) -> Result:
     if kept.is_file():
         return json.loads(kept.read_text())
     console, judge = Console(stderr=True), str(run.parent / "judge") if group.classifier else None
-    exact = runs.evaluate(run, str(data / group.exact), console=console) if group.exact else {}
-    result = runs.evaluate(run, features=judge, perceptual=judge, console=console)
-    _, tokenizer = runs.open_tokenizer(run)
+    exact = evaluate(run, str(data / group.exact), console=console) if group.exact else {}
+    result = evaluate(run, features=judge, perceptual=judge, console=console)
+    _, tokenizer = open_tokenizer(run)
     batch, times = held_out(run, 64), []
     with torch.inference_mode():
         codes = tokenizer.encode(batch)
@@ -247,7 +249,7 @@ def prefixes(run: Path, tokenizer: Any, batch: Tensor) -> list[float]:
 
 def example(run: Path) -> tuple[np.ndarray, np.ndarray, int]:
     """Pictures of held-out examples, of what the run makes of them, and how many fit side by side."""
-    config, tokenizer = runs.open_tokenizer(run)
+    config, tokenizer = open_tokenizer(run)
     batch = held_out(run, SHOWN)
     with torch.inference_mode():
         output = tokenizer(batch).output

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from latticode.core.registry import build
+from latticode.core.types import Conditioning, Sampling
 from latticode.data import Loader, open_source
 from latticode.engine import load_config, train
 from latticode.engine.config import RunConfig, complete
-from latticode.engine.tokens import encode
 from latticode.priors.maskgit import MaskGIT
-from latticode.registry import build
-from latticode.types import Conditioning, Sampling
+from latticode.tokenizers.dataset import encode
 
 ROUNDS, STEPS, IMAGES = 5, 50, 4096
 SLOW_ROUNDS = 3  # of what takes tens of seconds a round

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latticode import registry
+from latticode.core import registry
+from latticode.dense.tasks import Task
+from latticode.dense.uvim import UViM
 from latticode.priors import Guide
-from latticode.tasks import Task
-from latticode.uvim import UViM
 
 
 class Kinds(Task):

@@ -1,7 +1,9 @@
 """latticode: images, video and audio as discrete tokens, and generators over them."""
 
+from latticode.core.pretrained import load_model as load
+from latticode.core.registry import build
+from latticode.core.types import Conditioning, Sampling
 from latticode.metrics.codes import CodeStatistics
-from latticode.pretrained import load_model as load
 from latticode.priors.contextual import ContextualRQ
 from latticode.priors.dalle import DALLE
 from latticode.priors.gpt import GPT
@@ -26,7 +28,8 @@ from latticode.quantizers import (
     StochasticVQ,
     accumulating,
 )
-from latticode.tokenizer import Tokenizer
+from latticode.tokenizers.foreign import Foreign
+from latticode.tokenizers.tokenizer import Tokenizer
 from latticode.version import __version__
 
 __all__ = [
@@ -39,7 +42,9 @@ __all__ = [
     "VQ",
     "ChannelDim",
     "CodeStatistics",
+    "Conditioning",
     "ContextualRQ",
+    "Foreign",
     "Grouped",
     "Gumbel",
     "Hierarchical",
@@ -50,11 +55,13 @@ __all__ = [
     "QINCo",
     "Quantizer",
     "Residual",
+    "Sampling",
     "SimVQ",
     "StochasticVQ",
     "Tokenizer",
     "TwoLevel",
     "__version__",
     "accumulating",
+    "build",
     "load",
 ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from latticode import registry
+from latticode.core import registry
 from latticode.quantizers import FSQ, Quantizer
 from zoo import SPECS, latents
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from latticode.core.registry import build, spec_of
 from latticode.losses.adversarial import ADVERSARIAL_LOSSES, LeCam, adaptive_weight, r1_penalty
 from latticode.nn.critic import NORMS, PatchCritic, blur_pool
-from latticode.registry import build, spec_of
 
 PATCH = {"type": "patch_critic", "width": 8, "groups": 4}
 CRITICS = {f"patch-{norm}": PATCH | {"norm": norm} for norm in NORMS} | {

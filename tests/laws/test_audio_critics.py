@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers import QUIET
+from latticode.core.registry import build, spec_of
 from latticode.engine import load_config, train
 from latticode.losses.adversarial import ADVERSARIAL_LOSSES, r1_penalty
 from latticode.nn.critic_audio import BANDS, Critics, PeriodCritic, SpectrumCritic
-from latticode.registry import build, spec_of
 
 PERIOD = {"type": "period_critic", "period": 3, "width": 2}
 SPECTRUM = {"type": "spectrum_critic", "window": 64, "width": 4}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latticode import distributed
+from latticode.core import distributed
 from latticode.quantizers.binary import BSQ, LFQ, Binary
 from latticode.quantizers.residual import Residual
 

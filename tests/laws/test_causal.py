@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from latticode import Tokenizer, load
 from latticode.autoencoders import AudioDecoder, AudioEncoder, VideoDecoder, VideoEncoder
+from latticode.core.registry import build, spec_of
 from latticode.nn.causal import CausalConv3d, CausalUpsample, Conv1d, ConvTranspose1d, FrameNorm, Snake
-from latticode.registry import build, spec_of
 
 AUDIO = {"latent": 4, "width": 4, "strides": [2, 5], "dilations": [1, 3]}  # stride 10
 VIDEO = {"latent": 4, "width": 4, "multipliers": [1, 2, 2], "strides": [[1, 2], [2, 2]], "blocks": 1, "groups": 2}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clusters import blobs, shares
-from latticode.pretrained import read_spec, save_tensors
+from latticode.core.pretrained import read_spec, save_tensors
 from latticode.quantizers import VQ, codebook
 from latticode.quantizers.base import accumulating
 from latticode.quantizers.codebook import cluster, draw, kmeans

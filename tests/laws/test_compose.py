@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latticode import registry
+from latticode.core import registry
 from latticode.quantizers import FSQ, VQ, Quantizer
 from latticode.quantizers.binary import LFQ
 from latticode.quantizers.compose import ChannelDim, Grouped, Hierarchical, Projected

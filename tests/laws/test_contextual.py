@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.priors import ContextualRQ, contextual
 from latticode.priors.contextual import partition
-from latticode.types import Conditioning, Sampling
 
 FREE = torch.tensor([-1])
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.priors import base
 from latticode.priors.dalle import DALLE, KINDS, kind_of, sparse_mask
-from latticode.text import BPE
-from latticode.types import Conditioning, Sampling
+from latticode.priors.text import BPE
 
 CAPTIONS = ("a red cat", "a cat", "", "a red")
 LENGTH, POSITIONS = 5, 12

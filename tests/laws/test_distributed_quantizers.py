@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from latticode import registry
+from latticode.core import registry
 from latticode.quantizers import Quantizer
 
 WORLD = 2

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from helpers import FSQ_SPEC, VQ_SPEC, tokenizer_spec
-from latticode import FSQ, Tokenizer, tiling
+from latticode import FSQ, Tokenizer
+from latticode.core.registry import build
 from latticode.quantizers.residual import Residual
-from latticode.registry import build
+from latticode.tokenizers import tiling
 
 
 def shear(fsq: FSQ, rows: Tensor) -> FSQ:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from helpers import Largest
 from latticode import FSQ, LFQ
+from latticode.core.types import Conditioning, Sampling
 from latticode.nn.rotary import rotary_table
 from latticode.priors import GPT, base
 from latticode.priors.symbols import Digits
-from latticode.types import Conditioning, Sampling
 
 SPECS: dict[str, dict[str, Any]] = {
     "plain": {"vocab": [7]},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers import Largest
 from latticode import kernels
-from latticode.kernels import nearest, nearest_code, reference
+from latticode.kernels import nearest_code, reference, tiles
 
 
 @pytest.fixture(autouse=True, params=["fast", "portable"])
@@ -72,8 +72,8 @@ def test_clusters_far_apart_and_codes_far_away_cost_no_accuracy():
 
 
 def test_tokens_that_float32_leaves_open_are_searched_in_float64(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(nearest, "CROWD", -1)
-    monkeypatch.setattr(nearest, "CPU_TILE", (32, 128))
+    monkeypatch.setattr(tiles, "CROWD", -1)
+    monkeypatch.setattr(tiles, "CPU_TILE", (32, 128))
     x, codebook = draw(100, 1000, 8)
     near = codebook.repeat_interleave(2, dim=0) * torch.tensor([1.0, 1 + 1e-6]).repeat(1000)[:, None]
     assert torch.equal(nearest_code(x, near), reference.nearest_code(x, near))
@@ -92,7 +92,7 @@ def test_the_margin_bounds_the_rounding_of_scores(d: int, offset: float):
     chosen, best = scores.argmax(dim=1), distances.argmin(dim=1)
     rows = torch.arange(200)
     top = scores[rows, chosen]
-    margin = nearest.margin(low, top, near.norm(dim=1).amax())
+    margin = tiles.margin(low, top, near.norm(dim=1).amax())
     assert (top - scores[rows, best] <= margin).all()
     # and every score is as exact as the margin of its own rank claims: half of it for each of the two
     truth = (
@@ -154,7 +154,7 @@ def test_no_tokens_and_strided_tokens():
 
 def test_no_tensor_grows_with_tokens_times_codes(monkeypatch: pytest.MonkeyPatch):
     """The greatest allocation is one tile or one of the inputs, whatever N times K is."""
-    monkeypatch.setattr(nearest, "CPU_TILE", (32, 128))
+    monkeypatch.setattr(tiles, "CPU_TILE", (32, 128))
     x, codebook = draw(2000, 2000, 4)
     with Largest() as largest:
         nearest_code(x, codebook)
@@ -173,7 +173,7 @@ def test_exported_it_is_plain_operators():
     assert "latticode" not in str(program.graph)
     x, _ = draw(77, 1, 8, seed=1)
     assert torch.equal(program.module()(x, codebook), nearest_code(x, codebook))
-    assert torch.equal(nearest.traced(x.bfloat16(), codebook), nearest_code(x.bfloat16(), codebook))
+    assert torch.equal(tiles.traced(x.bfloat16(), codebook), nearest_code(x.bfloat16(), codebook))
 
 
 def test_triton_kernel_equals_the_specification():

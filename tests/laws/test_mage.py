@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.priors import MAGE
 from latticode.priors.schedules import truncated_normal
-from latticode.types import Conditioning, Sampling
 
 
 def small(scale: float = 0.2, **changes: Any) -> MAGE:

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from helpers import Largest
-from latticode import FSQ, LFQ, kernels, registry
+from latticode import FSQ, LFQ, kernels
+from latticode.core import registry
+from latticode.core.types import Conditioning, Sampling
 from latticode.kernels import vocabulary
 from latticode.priors import MAGE, MaskGIT
-from latticode.types import Conditioning, Sampling
 
 
 def small(codes: int, **changes: Any) -> MaskGIT:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.priors import masked
 from latticode.priors.base import guided
 from latticode.priors.masked import Context
@@ -27,7 +28,6 @@ from latticode.priors.schedules import (
     spread_groups,
     spread_order,
 )
-from latticode.types import Conditioning, Sampling
 
 
 def small(**changes: object) -> MaskGIT:

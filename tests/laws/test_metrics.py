@@ -13,6 +13,7 @@ from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
+from latticode.core.values import rounded, to_uint8
 from latticode.metrics import (
     Classifier,
     CodeStatistics,
@@ -28,7 +29,6 @@ from latticode.metrics import (
 from latticode.metrics import features as features_module
 from latticode.metrics import pixels as pixels_module
 from latticode.metrics.pixels import CAP
-from latticode.values import rounded, to_uint8
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.priors import MaskGIT, Muse
 from latticode.priors.grids import packed, unpacked
 from latticode.priors.schedules import remask_counts
-from latticode.text import BPE, TextEncoder
-from latticode.types import Conditioning, Sampling
+from latticode.priors.text import BPE, TextEncoder
 
 WORDS = ("", "red", "blue", "red cat")
 

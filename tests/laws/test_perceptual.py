@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from helpers import tokenizer_spec
+from latticode.core.registry import build
 from latticode.losses.perceptual import LPIPS, FeatureDistance, Perceptual
 from latticode.metrics.classifier import Classifier
-from latticode.registry import build
 
 
 def trained_classifier(channels: int = 3) -> Classifier:

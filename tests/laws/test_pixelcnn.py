@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latticode import registry
+from latticode.core import registry
+from latticode.core.types import Conditioning, Sampling
 from latticode.priors import PixelCNN, TwoLevel
 from latticode.priors.pixelcnn import packed, unpacked
-from latticode.types import Conditioning, Sampling
 
 SPECS: dict[str, dict[str, Any]] = {
     "pixelcnn": {"depth": 4},

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from latticode import registry
+from latticode.core import registry
+from latticode.core.types import Conditioning, Sampling
 from latticode.priors.base import Prior, check_sampling, draw, filtered, guided, gumbel, uniforms
-from latticode.text import BPE
-from latticode.types import Conditioning, Sampling
+from latticode.priors.text import BPE
 
 SMALL = {"width": 16, "depth": 2, "heads": 2}
 TWO_LEVEL = {**SMALL, "attention": 1, "bottom_width": 16, "bottom_depth": 2}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from latticode import registry
+from latticode.core import registry
 from latticode.quantizers import Quantizer, accumulating
 from latticode.quantizers.codebook import Codebook
 from zoo import DRAWN, SOFT, SPECS, latents, same

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latticode import registry
+from latticode.core import registry
+from latticode.core.registry import build, spec_of
 from latticode.data import DensePreprocess, open_source
-from latticode.registry import build, spec_of
-from latticode.tasks import IGNORED, Depth, Panoptic, PixelClasses, Task, number_instances
+from latticode.dense.tasks import IGNORED, Depth, Panoptic, PixelClasses, Task, number_instances
 
 
 class Trimap(PixelClasses):

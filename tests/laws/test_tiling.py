@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from helpers import FSQ_SPEC
-from latticode import Tokenizer, tiling
-from latticode.registry import build
+from latticode import Tokenizer
+from latticode.core.registry import build
+from latticode.tokenizers import tiling
 
 REACH = 24  # samples, at least the receptive radius of the networks below
 

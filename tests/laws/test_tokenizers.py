@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from helpers import FSQ_SPEC, VQ_SPEC, tokenizer_spec
 from latticode import FSQ, Tokenizer, load
 from latticode.autoencoders.shuffle import shuffle, unshuffle
-from latticode.registry import TABLE, build, spec_of
-from latticode.tokenizer import HierarchicalTokenizer
+from latticode.core.registry import TABLE, build, spec_of
+from latticode.tokenizers.hierarchical import HierarchicalTokenizer
 
 SMALL = {"latent": 4, "width": 4, "multipliers": [1, 2, 2], "blocks": 1, "groups": 2}
 VIT = {"latent": 4, "patch": 4, "width": 8, "depth": 1, "heads": 2, "side": 4}
@@ -61,7 +61,7 @@ CASES = {
 
 
 def test_no_registered_tokenizer_is_left_out() -> None:
-    registered = {name for name, entry in TABLE.items() if str(entry).startswith("latticode.tokenizer:")}
+    registered = {name for name, entry in TABLE.items() if str(entry).startswith("latticode.tokenizers.tokenizer:")}
     assert registered == {spec["type"] for spec in CASES.values()}
 
 

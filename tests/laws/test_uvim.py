@@ -14,14 +14,15 @@ from torch import Tensor
 
 from helpers import QUIET
 from kinds import EYE, FSQ, MANY_CODES, ONE_CODE, SIZES, VQ, Kinds, both, examples, guide, latents_of, relabelled, uvim
-from latticode import load, registry
+from latticode import load
+from latticode.core import registry
+from latticode.core.types import Batch, CodeBatch, Conditioning, Sampling
+from latticode.dense.uvim import DROPOUTS, UViM, passing, resized
 from latticode.engine import ConfigError, load_config, train
 from latticode.engine.feed import _encoding
-from latticode.objectives import GuidedObjective, PriorObjective
+from latticode.engine.objectives import GuidedObjective, PriorObjective
 from latticode.priors import Guide
 from latticode.priors.base import draw, filtered, uniforms
-from latticode.types import Batch, CodeBatch, Conditioning, Sampling
-from latticode.uvim import DROPOUTS, UViM, passing, resized
 
 
 @pytest.fixture(autouse=True)

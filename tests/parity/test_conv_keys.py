@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from latticode.registry import build
+from latticode.core.registry import build
 
 # taming-transformers, f=16, 128 channels x (1, 1, 2, 2, 4), attention at the lowest resolution: a few of each kind.
 TAMING = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latticode.registry import build
+from latticode.core.registry import build
 
 EXPECTED = np.load(Path(__file__).with_name("dac.npz"))
 COMMON: dict[str, Any] = {"latent": 16, "strides": [2, 4, 8, 8]}

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latticode.registry import build
+from latticode.core.registry import build
 
 EXPECTED = np.load(Path(__file__).with_name("vqgan.npz"))
 COMMON: dict[str, Any] = {"latent": 8, "width": 32, "multipliers": [1, 1, 2]}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from latticode import registry
+from latticode.core import registry
+from latticode.core.registry import build, check
 from latticode.engine import load_config
 from latticode.engine.config import complete, read_recipe, recipe_names
-from latticode.registry import build, check
 
 
 class Published(NamedTuple):
@@ -102,7 +102,7 @@ def test_a_recipe_that_opens_with_a_published_number_is_in_the_table() -> None:
     assert full == set(TABLE) | set(PRIORS)
     for name in full:
         assert "Not run by us" in " ".join(opening[name].replace("\n# ", " ").split()), name
-        assert f"latticode.cli train {name}" in opening[name] or f"latticode train {name}" in opening[name]
+        assert f"latticode.cli.main train {name}" in opening[name] or f"latticode train {name}" in opening[name]
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from helpers import QUIET, encode, tiny_tokenizer
 from latticode import load
+from latticode.core.types import CodeBatch, Conditioning, Sampling
 from latticode.data import (
     Loader,
     Preprocess,
@@ -33,12 +34,11 @@ from latticode.data import (
 from latticode.data import decoding as decoding_module
 from latticode.data.records import ArraySource
 from latticode.engine import ConfigError, TrainingError, load_config, train
+from latticode.engine.objectives import PriorObjective, drawn_texts
 from latticode.evaluate import evaluate_prior
 from latticode.evaluate.captions import HeldOut
-from latticode.objectives import PriorObjective, drawn_texts
 from latticode.priors.base import Prior
-from latticode.text import BPE
-from latticode.types import CodeBatch, Conditioning, Sampling
+from latticode.priors.text import BPE
 
 CAPTIONS: list[list[str]] = [["a dark square", "it is dark"], ["a bright square"], [], ["ein Quadrat, grün"]]
 

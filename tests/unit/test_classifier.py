@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latticode import registry
+from latticode.core import registry
 from latticode.metrics import Classifier
 
 

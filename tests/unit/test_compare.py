@@ -9,11 +9,12 @@ import torch
 from typer.testing import CliRunner
 
 from helpers import QUIET, tiny_tokenizer
-from latticode import runs
 from latticode.cli import app
-from latticode.compare import compare
 from latticode.evaluate import evaluate_tokenizer
-from latticode.foreign import Foreign
+from latticode.runs.compare import compare
+from latticode.runs.evaluate import evaluate
+from latticode.runs.open import open_tokenizer, open_whole
+from latticode.tokenizers.foreign import Foreign
 
 
 def write(path, protocol, **numbers):
@@ -74,8 +75,8 @@ def test_what_is_no_evaluation(tmp_path) -> None:
 
 def test_a_foreign_tokenizer_gets_the_numbers_that_it_would_get_here(tmp_path) -> None:
     run = tiny_tokenizer(tmp_path / "run")
-    ours = runs.evaluate(run, limit=20, device="cpu", console=QUIET)
-    config, tokenizer = runs.open_tokenizer(run, "cpu")
+    ours = evaluate(run, limit=20, device="cpu", console=QUIET)
+    config, tokenizer = open_tokenizer(run, "cpu")
     tokenizer.eval()
     theirs = Foreign(
         lambda images: tokenizer.encode(images)[..., 0],
@@ -85,7 +86,7 @@ def test_a_foreign_tokenizer_gets_the_numbers_that_it_would_get_here(tmp_path) -
         tokenizer.channels,
         tokenizer,
     )
-    loader = runs.open_whole(config, config.data.source, "test")
+    loader = open_whole(config, config.data.source, "test")
     result = evaluate_tokenizer(theirs, loader, limit=20)
     numbers = {key: value for key, value in ours.items() if isinstance(value, float)}
     assert {"psnr", "usage", "bits_per_pixel"} <= numbers.keys()

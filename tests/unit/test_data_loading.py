@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from latticode.core.types import Batch
 from latticode.data import Loader, Preprocess, Record, StreamSource
 from latticode.data import decoding as decoding_module
 from latticode.data.order import SHUFFLE_BUFFER, IndexStream, prefetch, shuffled
 from latticode.data.records import ArraySource
-from latticode.types import Batch
 
 
 def source(count: int = 23, size: tuple[int, int] = (8, 8)) -> ArraySource:

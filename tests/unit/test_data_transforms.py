@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from helpers import encode
+from latticode.core.values import to_float, to_uint8
 from latticode.data import ImageError, Preprocess, decode_image
 from latticode.data.transforms import RESIZES
-from latticode.values import to_float, to_uint8
 
 RED = (200, 10, 20)
 

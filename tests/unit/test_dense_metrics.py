@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from latticode.core.values import to_float
+from latticode.dense.tasks import Colorization, Depth, Panoptic
 from latticode.metrics.dense import ColourMetrics, DepthMetrics, PanopticMetrics, colourfulness
-from latticode.pictures import grid_image, segment_colours, with_legend
-from latticode.tasks import Colorization, Depth, Panoptic
-from latticode.values import to_float
+from latticode.viz.pictures import grid_image, segment_colours, with_legend
 
 NAMES = ["sky", "road", "car"]
 

@@ -16,19 +16,19 @@ from typer.testing import CliRunner
 from helpers import QUIET, tiny_tokenizer
 from latticode import load
 from latticode.cli import app
+from latticode.core.types import Conditioning, Sampling
+from latticode.core.values import to_float
 from latticode.data import DensePreprocess, open_source
 from latticode.data.loading import Loader
+from latticode.dense.tasks import Depth
+from latticode.dense.uvim import UViM
 from latticode.engine import load_config, train
 from latticode.evaluate import evaluate_dense
 from latticode.metrics import FeatureNetwork
-from latticode.predict import predict
 from latticode.quantizers import FSQ
-from latticode.report import write_report
-from latticode.runs import evaluate
-from latticode.tasks import Depth
-from latticode.types import Conditioning, Sampling
-from latticode.uvim import UViM
-from latticode.values import to_float
+from latticode.runs.evaluate import evaluate
+from latticode.runs.predict import predict
+from latticode.viz.report import write_report
 
 TASKS = {
     "depth": ("{type: depth, scale: 1000, bins: 16}", "[depth.png]", "depth"),

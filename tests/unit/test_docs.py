@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from latticode.core.registry import build
 from latticode.engine.config import complete, load_config
-from latticode.registry import build
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

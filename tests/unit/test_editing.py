@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from latticode.core.values import to_float
 from latticode.data import Preprocess
-from latticode.editing import box_hole, extended, framed, grid_mask, paste, soft_edge
-from latticode.values import to_float
+from latticode.sampling.editing import box_hole, extended, framed, grid_mask, paste, soft_edge
 
 
 def hole_of(height: int, width: int, *boxes: tuple[int, int, int, int]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from latticode.engine import ConfigError, TrainingError, load_config, loop, trai
 from latticode.engine.checkpoint import STATE
 from latticode.engine.config import OptimizerConfig, complete, read_run, with_digits
 from latticode.engine.loop import learning_rate
-from latticode.objectives import TERMS
+from latticode.engine.objectives import TERMS
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from latticode.core.types import Batch, Conditioning, Reconstruction, Sampling
+from latticode.core.values import rounded, to_uint8
 from latticode.data.loading import Loader
+from latticode.data.passes import Report
 from latticode.data.records import ArraySource
 from latticode.data.transforms import Preprocess
 from latticode.evaluate import Reference, evaluate_classifier, evaluate_prior, evaluate_tokenizer
-from latticode.evaluate.common import Report
 from latticode.losses.perceptual import Perceptual
 from latticode.metrics import Classifier, FeatureNetwork
 from latticode.metrics.pixels import CAP
 from latticode.priors.base import Prior
-from latticode.tokenizer import Tokenizer
-from latticode.types import Batch, Conditioning, Reconstruction, Sampling
-from latticode.values import rounded, to_uint8
+from latticode.tokenizers.tokenizer import Tokenizer
 
 SIZE = 16
 CLASSES = 4

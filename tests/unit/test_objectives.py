@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 
 from helpers import FSQ_SPEC, QUIET, VQ_SPEC, tiny_config, tokenizer_spec
 from latticode import load
+from latticode.core.pretrained import read_spec, save_tensors
+from latticode.core.registry import SpecError, build
+from latticode.core.types import Batch
 from latticode.engine import ConfigError, RunConfig, TrainingError, train
 from latticode.engine.checkpoint import STATE
 from latticode.engine.config import to_yaml
 from latticode.engine.finetune import Parts
 from latticode.engine.loop import Average
+from latticode.engine.objectives import Adversarial, ReconstructionObjective
 from latticode.losses.adversarial import ADVERSARIAL_LOSSES
 from latticode.metrics.classifier import Classifier
-from latticode.objectives import Adversarial, ReconstructionObjective
-from latticode.pretrained import read_spec, save_tensors
-from latticode.registry import SpecError, build
-from latticode.report import write_report
-from latticode.types import Batch
+from latticode.viz.report import write_report
 
 CRITIC = {"type": "patch_critic", "width": 4, "layers": 1, "groups": 2}
 WEIGHTS = {"mse": 1, "l1": 0.2, "critic": 1, "r1": 1, "lecam": 0.1, "adversarial": 0.5}

@@ -12,14 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from helpers import FSQ_SPEC, QUIET, tiny_config
-from latticode import registry
 from latticode.cli import app
+from latticode.core import registry
+from latticode.core.types import Conditioning
 from latticode.engine import load_config, train
 from latticode.priors.base import Prior
-from latticode.probe import STRENGTHS, probe, probe_layers
-from latticode.report import write_report
-from latticode.text import BPE
-from latticode.types import Conditioning
+from latticode.priors.text import BPE
+from latticode.runs.probe import STRENGTHS, probe, probe_layers
+from latticode.viz.report import write_report
 
 SMALL = {"vocab": [7], "grid": [3, 4], "width": 16, "depth": 2, "heads": 2}
 SPECS: dict[str, dict[str, Any]] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from latticode import FSQ, registry
-from latticode.registry import SpecError, build, check, spec_of
+from latticode import FSQ
+from latticode.core import registry
+from latticode.core.registry import SpecError, build, check, spec_of
 
 
 @pytest.mark.parametrize("name", registry.TABLE)

@@ -14,9 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from latticode import figures
-from latticode.pictures import SETTINGS_KEY, grid_image, save_png, side_by_side
-from latticode.report import Picture, Section, Table, cell, read_metrics, write_page, write_report
+from latticode.data.writing import SETTINGS_KEY, save_png
+from latticode.viz import figures
+from latticode.viz.pictures import grid_image, side_by_side
+from latticode.viz.report import Picture, Section, Table, cell, read_metrics, write_page, write_report
 
 HOSTILE = "<script>document.documentElement.dataset.owned=1</script>"
 

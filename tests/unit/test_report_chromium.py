@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latticode.pictures import grid_image, save_png, side_by_side
-from latticode.report import write_report
+from latticode.data.writing import save_png
+from latticode.viz.pictures import grid_image, side_by_side
+from latticode.viz.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

@@ -15,10 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 from helpers import QUIET, TINY, tiny_tokenizer
-from latticode import load, options, sampling
+from latticode import load
+from latticode.cli import options
+from latticode.core.types import Conditioning, Sampling
 from latticode.engine import load_config, train
-from latticode.tokenizer import Tokenizer
-from latticode.types import Conditioning, Sampling
+from latticode.runs import sample as draws
+from latticode.sampling import sampler
+from latticode.tokenizers.tokenizer import Tokenizer
 
 PRIOR = ["steps=2", "log_every=1", "batch_size=8", "prior.width=16", "prior.depth=1", "prior.heads=2"]
 
@@ -70,7 +73,7 @@ def photo(tmp_path) -> Path:
 
 def draw(run: Path, target: Path, count: int, **options: Any) -> list[bytes]:
     """The sample files, as bytes."""
-    sampling.sample(run, target, count, console=QUIET, **options)
+    draws.sample(run, target, count, console=QUIET, **options)
     return contents(target)
 
 
@@ -107,7 +110,7 @@ def test_decoding_several_at_once_gives_each_its_own_place(maskgit, tmp_path, mo
         sizes.add(len(codes))
         return real(self, codes, size) + 0.1 * torch.arange(len(codes)).view(-1, 1, 1, 1)
 
-    monkeypatch.setattr(sampling, "TOGETHER", {"cpu": 4})
+    monkeypatch.setattr(sampler, "TOGETHER", {"cpu": 4})
     monkeypatch.setattr(Tokenizer, "decode", rounding)
     assert draw(maskgit, tmp_path / "a", 9) == draw(maskgit, tmp_path / "b", 9, batch_size=3)
     assert sizes == {4}
@@ -115,7 +118,7 @@ def test_decoding_several_at_once_gives_each_its_own_place(maskgit, tmp_path, mo
 
 def test_what_was_cut_off_goes_on(maskgit, tmp_path, monkeypatch) -> None:
     whole = draw(maskgit, tmp_path / "whole", 10)
-    target, drawn, real = tmp_path / "parts", [], sampling.save_example
+    target, drawn, real = tmp_path / "parts", [], draws.save_example
 
     def failing(path: Path, *given: Any) -> Path:
         if len(drawn) == 6:
@@ -123,12 +126,12 @@ def test_what_was_cut_off_goes_on(maskgit, tmp_path, monkeypatch) -> None:
         drawn.append(path.stem)
         return real(path, *given)
 
-    monkeypatch.setattr(sampling, "save_example", failing)
+    monkeypatch.setattr(draws, "save_example", failing)
     with pytest.raises(KeyboardInterrupt):
         draw(maskgit, target, 10, batch_size=4)
     assert len(json.loads((target / "samples.json").read_text())["files"]) == 6
     (target / "sample-00002.png").unlink()
-    monkeypatch.setattr(sampling, "save_example", lambda path, *given: (drawn.append(path.stem), real(path, *given))[1])
+    monkeypatch.setattr(draws, "save_example", lambda path, *given: (drawn.append(path.stem), real(path, *given))[1])
     assert draw(maskgit, target, 10, batch_size=4) == whole
     assert drawn[6:] == [f"sample-{i:05d}" for i in (2, 6, 7, 8, 9)]
     assert (target / "grid.png").read_bytes() == (tmp_path / "whole" / "grid.png").read_bytes()
@@ -246,7 +249,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(maskgit, classi
 
 def test_an_edit_keeps_the_pixels_of_the_user(maskgit, photo, tmp_path) -> None:
     """Stride 4, so the soft border takes the 4 pixels around the box and leaves the other columns alone."""
-    grid = sampling.edit(maskgit, photo, tmp_path / "out", 3, box=(0, 0, 2, 8), labels=["2"], console=QUIET)
+    grid = draws.edit(maskgit, photo, tmp_path / "out", 3, box=(0, 0, 2, 8), labels=["2"], console=QUIET)
     original = np.asarray(Image.open(photo)).astype(int)
     for variant in pixels(tmp_path / "out"):
         assert (variant[:, 6:] == original[:, 6:]).all()
@@ -260,10 +263,10 @@ def test_edits_of_nothing_and_of_everything(maskgit, gpt, photo, tmp_path) -> No
     Image.new("L", (8, 8)).save(black)
     for run in (maskgit, gpt):
         target = tmp_path / run.name
-        sampling.edit(run, photo, target / "nothing", 2, mask=black, labels=["2"], console=QUIET)
+        draws.edit(run, photo, target / "nothing", 2, mask=black, labels=["2"], console=QUIET)
         original = np.asarray(Image.open(photo))
         assert all((variant == original).all() for variant in pixels(target / "nothing"))
-        sampling.edit(run, photo, target / "everything", 2, box=(0, 0, 8, 8), labels=["2"], console=QUIET)
+        draws.edit(run, photo, target / "everything", 2, box=(0, 0, 8, 8), labels=["2"], console=QUIET)
         draw(run, target / "samples", 2, labels=["2"])
         pairs = zip(pixels(target / "everything"), pixels(target / "samples"), strict=True)
         assert all((a == b).all() for a, b in pairs)
@@ -272,15 +275,15 @@ def test_edits_of_nothing_and_of_everything(maskgit, gpt, photo, tmp_path) -> No
 def test_outpainting_puts_the_image_on_a_square_canvas(maskgit, tmp_path) -> None:
     small = tmp_path / "small.png"
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 6), np.uint8)).save(small)
-    sampling.edit(maskgit, small, tmp_path / "out", 2, outpaint=(0, 0, 2, 0), console=QUIET)
+    draws.edit(maskgit, small, tmp_path / "out", 2, outpaint=(0, 0, 2, 0), console=QUIET)
     original = np.asarray(Image.open(small))
     for variant in pixels(tmp_path / "out"):
         assert (variant[:, :2] == original[:, :2]).all()
         assert variant.shape == (8, 8)
     with pytest.raises(ValueError, match="canvas must be square, or the run would crop it; got 10x8"):
-        sampling.edit(maskgit, small, tmp_path / "x", 1, outpaint=(4, 0, 0, 0), console=QUIET)
+        draws.edit(maskgit, small, tmp_path / "x", 1, outpaint=(4, 0, 0, 0), console=QUIET)
     with pytest.raises(ValueError, match="one of mask, box and outpaint"):
-        sampling.edit(maskgit, small, tmp_path / "x", 1, console=QUIET)
+        draws.edit(maskgit, small, tmp_path / "x", 1, console=QUIET)
 
 
 def test_sound_is_sampled_and_prompted_but_not_edited(tmp_path) -> None:
@@ -298,20 +301,20 @@ def test_sound_is_sampled_and_prompted_but_not_edited(tmp_path) -> None:
     draw(run, tmp_path / "c", 2, image=tmp_path / "a" / "sample-00000.wav", keep=0.25)
     assert about(tmp_path / "c" / "grid.png")["kept"] == "8/32"
     with pytest.raises(ValueError, match=r"only images can be edited; .* generates recordings"):
-        sampling.edit(run, tmp_path / "x.png", tmp_path / "out", box=(0, 0, 1, 1), console=QUIET)
+        draws.edit(run, tmp_path / "x.png", tmp_path / "out", box=(0, 0, 1, 1), console=QUIET)
 
 
 def test_one_line_says_what_a_prior_cannot_use(gpt, maskgit, photo, tmp_path) -> None:
     def said(run: Path, asked: Sampling, name: str) -> str:
         console = Console(file=io.StringIO(), width=200)
-        sampling.sample(run, tmp_path / name, 1, sampling=asked, console=console)
+        draws.sample(run, tmp_path / name, 1, sampling=asked, console=console)
         return console.file.getvalue()
 
     assert "GPT has no use for steps, noise\n" in said(gpt, Sampling(steps=3, noise=1.0, top_k=3), "a")
     assert "no use" not in said(gpt, Sampling(temperature=0.5), "b")
     assert "no use" not in said(maskgit, Sampling(steps=3, noise=1.0), "c")
     console = Console(file=io.StringIO(), width=200)
-    sampling.edit(gpt, photo, tmp_path / "edit", 1, box=(0, 0, 4, 4), console=console)
+    draws.edit(gpt, photo, tmp_path / "edit", 1, box=(0, 0, 4, 4), console=console)
     assert "informs only the tokens behind it" in console.file.getvalue()
 
 

@@ -16,8 +16,8 @@ from helpers import FSQ_SPEC, QUIET, tiny_config, tokenizer_spec
 from latticode import load
 from latticode.engine import ConfigError, RunConfig, TrainingError, train
 from latticode.engine.checkpoint import STATE
+from latticode.engine.objectives import ReconstructionObjective
 from latticode.engine.schedules import Ramp
-from latticode.objectives import ReconstructionObjective
 
 KL = {"from": 0, "to": 0.5, "steps": 2}
 TEMPERATURE = {"from": 1, "to": 0.25, "shape": "cosine"}  # over the whole run, of four steps

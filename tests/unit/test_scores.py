@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latticode.scores import clip_pixels, clip_score, label_score, load_clip
-from latticode.types import Conditioning
+from latticode.core.types import Conditioning
+from latticode.sampling.scores import clip_pixels, clip_score, label_score, load_clip
 
 LABELS = Conditioning(torch.tensor([0, 2, 1]))
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from helpers import QUIET, tiny_tokenizer, tokenizer_spec
-from latticode import registry
+from latticode.core import registry
 from latticode.diagnose import diagnose
+from latticode.diagnose.semantics import drawn, picture, probes, shifted, stitched, uniform
 from latticode.quantizers import FSQ
-from latticode.report import write_report
-from latticode.semantics import drawn, picture, probes, shifted, stitched, uniform
+from latticode.viz.report import write_report
 
 CODES = torch.randint(12, (5, 4, 3, 2))
 

@@ -9,13 +9,14 @@ import torch
 from rich.console import Console
 
 from helpers import QUIET, tiny_config, tiny_tokenizer, tokenizer_spec
-from latticode import load, registry
+from latticode import load
+from latticode.core import registry
+from latticode.core.types import CodeBatch
 from latticode.engine import load_config, train
 from latticode.engine.config import ConfigError, RunConfig
 from latticode.engine.feed import open_feed
-from latticode.objectives import PriorObjective
-from latticode.tokenizer import Tokenizer
-from latticode.types import CodeBatch
+from latticode.engine.objectives import PriorObjective
+from latticode.tokenizers.tokenizer import Tokenizer
 
 STAGES = {"type": "residual", "stages": {"type": "vq", "size": 16, "dim": 3}, "depth": 2}
 SHORT = ("steps=4", "batch_size=4", "log_every=2", "save_every=2", "picture_every=4", "data.workers=0")

@@ -14,10 +14,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from helpers import QUIET, TINY, tokenizer_spec
-from latticode import figures, load, registry
+from latticode import load
 from latticode.cli import app
+from latticode.core import registry
+from latticode.core.progress import progress, tell_skipped
 from latticode.engine import ConfigError, TrainingError, TrainingStoppedError
-from latticode.engine.progress import progress, tell_skipped
 from latticode.metrics.classifier import Classifier
 from latticode.quantizers.levels import recommend
 from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_sizes, study
@@ -27,6 +28,7 @@ from latticode.study.page import charts
 from latticode.study.plan import Cost, Job, between, check_same, read_plan, steps_for, variant
 from latticode.study.run import calibrated
 from latticode.study.table import over_seeds, read_rows
+from latticode.viz import figures
 
 SMALL = (  # digits, and a tokenizer of a few parameters
     *(text for text in TINY if not text.startswith(("steps", "data.source"))),

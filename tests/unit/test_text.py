@@ -13,8 +13,8 @@ import tokenizers
 import torch
 from torch import nn
 
-from latticode.registry import build, spec_of
-from latticode.text import BPE, T5Text, TextEncoder
+from latticode.core.registry import build, spec_of
+from latticode.priors.text import BPE, T5Text, TextEncoder
 
 COLOURS = ("red", "blue", "small grey", "dark brown")
 CAPTIONS = [f"the bird has {c} wings and a {d} beak" for c in COLOURS for d in COLOURS]

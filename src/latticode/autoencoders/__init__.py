@@ -1,7 +1,7 @@
 """Encoders and decoders: tensors in, tensors out.
 
 An encoder has `in_channels`, a decoder `out_channels` and `last_layer`, the weight that its output comes from; both
-have `latent`, `stride` and, if it is not 2, `axes` (see `latticode.tokenizer`).
+have `latent`, `stride` and, if it is not 2, `axes` (see `latticode.tokenizers.tokenizer`).
 """
 
 from latticode.autoencoders.audio import AudioDecoder, AudioEncoder

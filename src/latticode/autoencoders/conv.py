@@ -49,7 +49,7 @@ class ConvEncoder(nn.Module):
         groups: of every group normalisation; divides every width.
         norm: "group" as published, or "position", which normalises over the channels of each position. With that and
             no attention an output depends on a bounded receptive field, so that tiles which share enough give the codes
-            of the whole image (`latticode.tiling`).
+            of the whole image (`latticode.tokenizers.tiling`).
     """
 
     def __init__(

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from latticode.core.files import replacing
 from latticode.data.media import VIDEO, ContentError, Preparation, window
 from latticode.data.records import Record
 from latticode.data.transforms import MAX_PIXELS, ImageError, Preprocess, decode_image
-from latticode.files import replacing
 
 
 class ClipError(ContentError):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from latticode.core.types import Texts
 from latticode.data.media import ContentError, Preparation
 from latticode.data.records import Record, Source
-from latticode.types import Texts
 
 CACHE_BYTES = 512 * 2**20
 # numpy pads a seed with zeros, so that (s, e) and (s, e, 0) are one stream: the last word tells the uses apart.

@@ -9,13 +9,13 @@ from itertools import count, groupby, islice
 import numpy as np
 import torch
 
+from latticode.core.types import Batch, CodeBatch, Texts
+from latticode.core.values import to_float
 from latticode.data.decoding import FLIP, Decoder, Row
 from latticode.data.media import Preparation
 from latticode.data.order import IndexStream, chunks, prefetch, shuffled
 from latticode.data.records import Record, Source, StreamSource
 from latticode.data.tokens import TokenDataset
-from latticode.types import Batch, CodeBatch, Texts
-from latticode.values import to_float
 
 
 class Loader:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latticode.core.files import replacing, write_text
+from latticode.core.types import Texts
 from latticode.data.token_format import (
     FILES,
     MANIFEST,
@@ -24,8 +26,6 @@ from latticode.data.token_format import (
     sha256,
     smallest_dtype,
 )
-from latticode.files import replacing, write_text
-from latticode.types import Texts
 
 
 class UnfinishedError(ValueError):

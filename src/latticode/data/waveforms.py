@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from latticode.core.files import replacing
+from latticode.core.values import to_int16
 from latticode.data.media import AUDIO, ContentError, Preparation, window
 from latticode.data.records import Record
-from latticode.files import replacing
-from latticode.values import to_int16
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # format tags of wav files
 UNKNOWN = 0x7FFFF000  # from here on, a size is what programs that cannot seek write for one that they do not know

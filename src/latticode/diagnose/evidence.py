@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latticode.core.modules import device_of, evaluating
 from latticode.data import Loader
-from latticode.evaluate.common import Progress, Report, batches_of, count_of, device_of, evaluating
+from latticode.data.passes import Progress, Report, batches_of, count_of
 from latticode.metrics.codes import CodeStatistics, entropy_bits
 from latticode.quantizers import BSQ, FSQ, LFQ, VQ, Grouped, Hierarchical, Projected, Quantizer, Residual, SimVQ
 from latticode.quantizers.residual import listed, units

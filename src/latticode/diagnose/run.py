@@ -13,16 +13,17 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from latticode import figures
+from latticode.core.files import replacing, write_text
+from latticode.core.progress import watched
 from latticode.data import Loader, Preprocess
 from latticode.diagnose.evidence import GAIN, Evidence, Part, better_bound, gather, measure
 from latticode.diagnose.findings import Finding, findings, notes
+from latticode.diagnose.semantics import POOL, write_probes
 from latticode.engine import RunConfig
-from latticode.files import replacing, write_text
 from latticode.quantizers.levels import recommend
-from latticode.runs import open_tokenizer, open_whole, watched
-from latticode.semantics import POOL, write_probes
-from latticode.tokenizer import Tokenizer
+from latticode.runs.open import open_tokenizer, open_whole
+from latticode.tokenizers.tokenizer import Tokenizer
+from latticode.viz import figures
 
 DIAGNOSIS, PROBES = "diagnosis.json", "semantics.png"
 

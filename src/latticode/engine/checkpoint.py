@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from latticode.pretrained import load_tensors, read_metadata, save_tensors
+from latticode.core.pretrained import load_tensors, read_metadata, save_tensors
 
 STATE = Path("training") / "state.safetensors"
 

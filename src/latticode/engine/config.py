@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,10 +24,11 @@ from pydantic import (
     ValidationError,
 )
 
-from latticode import registry
+from latticode.core import registry
+from latticode.core.mappings import differences
+from latticode.core.registry import SpecError, nearest
 from latticode.data import AudioPreprocess, DensePreprocess, Preparation, Preprocess, VideoPreprocess
 from latticode.engine.schedules import RAMP_KEYS, Ramp, at_end, ramps_in
-from latticode.registry import SpecError, nearest
 
 
 class ConfigError(ValueError):
@@ -396,22 +397,6 @@ def check_resumed(config: RunConfig, folder: Path) -> None:
         raise ConfigError(
             f"{folder} was begun with another configuration, so it cannot be resumed with this one: {changes}"
         )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Container[str] = ()) -> str:
-    """The keys in which two nested mappings differ with both values, at most five; those in `free` may."""
-    there, now = dict(flat(old)), dict(flat(new))
-    keys = [k for k in sorted(there.keys() | now.keys()) if there.get(k) != now.get(k) and k not in free]
-    return "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys[:5])
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings under dotted keys."""
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            yield from flat(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inner
 
 
 def to_yaml(config: RunConfig) -> str:

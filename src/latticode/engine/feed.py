@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from latticode import distributed
+from latticode.core import distributed
+from latticode.core.pretrained import Pretrained
+from latticode.core.types import Batch, CodeBatch
 from latticode.data import Loader, Source, StreamSource, TokenDataset, TokenLoader, open_source
 from latticode.data.records import TEXT_COLUMNS
+from latticode.dense.uvim import UViM
 from latticode.engine.config import ConfigError, RunConfig
-from latticode.engine.tokens import encode
-from latticode.pretrained import Pretrained
-from latticode.text import BPE
-from latticode.tokenizer import Tokenizer
-from latticode.types import Batch, CodeBatch
-from latticode.uvim import UViM
+from latticode.priors.text import BPE
+from latticode.tokenizers.dataset import encode
+from latticode.tokenizers.tokenizer import Tokenizer
 
 CAPTIONS = 1_000_000  # that a vocabulary is learned from at the most
 

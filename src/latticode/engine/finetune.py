@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from latticode import registry
+from latticode.core import registry
+from latticode.core.mappings import differences
+from latticode.core.pretrained import load_model, load_tensors
 from latticode.engine.checkpoint import STATE
-from latticode.engine.config import ConfigError, RunConfig, differences
-from latticode.pretrained import load_model, load_tensors
+from latticode.engine.config import ConfigError, RunConfig
 
 
 def start_from(

@@ -21,7 +21,11 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor, nn
 
-from latticode import distributed, registry
+from latticode.core import distributed, registry
+from latticode.core.files import write_text
+from latticode.core.pretrained import save_model
+from latticode.core.progress import progress, tell_skipped
+from latticode.core.registry import nearest
 from latticode.engine.checkpoint import cut_lines, load_state, save_state, saved_step
 from latticode.engine.config import (
     ConfigError,
@@ -35,14 +39,10 @@ from latticode.engine.config import (
 from latticode.engine.feed import learn_vocabulary, open_feed
 from latticode.engine.finetune import Parts, parts_from, start_from
 from latticode.engine.monitor import Monitor
-from latticode.engine.progress import progress, tell_skipped
+from latticode.engine.objectives import Objective
 from latticode.engine.schedules import Schedules, check_movable
 from latticode.engine.tally import Tally, TrainingError, TrainingStoppedError
-from latticode.files import write_text
-from latticode.objectives import Objective
-from latticode.pretrained import save_model
 from latticode.quantizers import accumulating
-from latticode.registry import nearest
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from latticode.core.files import write_text
+from latticode.core.types import Batch, CodeBatch, Sampling, first_texts
+from latticode.core.values import to_uint8
+from latticode.data.writing import save_png
+from latticode.dense.uvim import UViM
 from latticode.engine.checkpoint import append_line
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import Feed
-from latticode.files import write_text
-from latticode.objectives import Objective
-from latticode.outputs import metrics_of, preview
-from latticode.pictures import grid_image, save_png, side_by_side
-from latticode.types import Batch, CodeBatch, Sampling, first_texts
-from latticode.uvim import UViM
-from latticode.values import to_uint8
+from latticode.engine.objectives import Objective
+from latticode.metrics.reconstruction import metrics_of
+from latticode.viz.pictures import grid_image, preview, side_by_side
 
 PICTURED, SAMPLED = 16, 32
 

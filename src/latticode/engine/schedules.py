@@ -13,8 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 
-from latticode import registry
-from latticode.registry import Spec, SpecError
+from latticode.core import registry
+from latticode.core.registry import Spec, SpecError
 
 
 class Ramp(BaseModel):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latticode.core.types import Texts, first_texts
 from latticode.priors.base import Prior
-from latticode.types import Texts, first_texts
 
 PROTOCOL = {
     "caption_gain_bits": "bits given another image's first caption minus bits given its own first caption, mean over "

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from latticode.core.modules import device_of, evaluating
 from latticode.data.loading import Loader
-from latticode.evaluate.common import Progress, Report, batches_of, count_of, device_of, evaluating
+from latticode.data.passes import Progress, Report, batches_of, count_of
 from latticode.metrics.classifier import Classifier
 
 

@@ -8,22 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latticode.core.modules import device_of, evaluating
+from latticode.core.types import Sampling
 from latticode.data.loading import Loader
-from latticode.evaluate.common import (
-    Progress,
-    Report,
-    batches_of,
-    count_of,
-    device_of,
-    evaluating,
-    feature_protocol,
-    features_of,
-)
+from latticode.data.passes import Progress, Report, batches_of, count_of
+from latticode.dense.uvim import UViM
+from latticode.evaluate.common import feature_protocol, features_of
 from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.features import FeatureNetwork, FeatureStatistics
 from latticode.priors.base import Prior
-from latticode.types import Sampling
-from latticode.uvim import UViM
 
 GREEDY = Sampling(temperature=0.0)
 PROTOCOL = {

@@ -9,28 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latticode.core.modules import device_of, evaluating, synchronize
+from latticode.core.pretrained import weights_digest
+from latticode.core.types import Sampling, first_texts
+from latticode.core.values import rounded
 from latticode.data.loading import Loader
+from latticode.data.passes import Progress, Report, batches_of, count_of
+from latticode.data.writing import seconds_of
 from latticode.evaluate.captions import PROTOCOL, HeldOut
-from latticode.evaluate.common import (
-    Progress,
-    Report,
-    batches_of,
-    count_of,
-    device_of,
-    evaluating,
-    feature_protocol,
-    features_of,
-    rates,
-    synchronize,
-)
+from latticode.evaluate.common import feature_protocol, features_of, rates
 from latticode.metrics.classifier import Classifier
 from latticode.metrics.features import FeatureNetwork, FeatureSample, FeatureStatistics, precision_recall
-from latticode.outputs import seconds_of
-from latticode.pretrained import weights_digest
 from latticode.priors.base import Prior
-from latticode.tokenizer import Tokenizer
-from latticode.types import Sampling, first_texts
-from latticode.values import rounded
+from latticode.tokenizers.tokenizer import Tokenizer
 
 NEIGHBOURS = 3  # k of precision and recall
 REFERENCE = 10_000  # images at most of the reference set of precision and recall, as in ADM's evaluation suite

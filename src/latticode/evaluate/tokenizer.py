@@ -6,26 +6,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from latticode import tiling
+from latticode.core.modules import device_of, evaluating
+from latticode.core.values import rounded
 from latticode.data.loading import Loader
 from latticode.data.media import IMAGE
-from latticode.evaluate.common import (
-    Progress,
-    Report,
-    batches_of,
-    count_of,
-    device_of,
-    evaluating,
-    feature_protocol,
-    features_of,
-    rates,
-)
+from latticode.data.passes import Progress, Report, batches_of, count_of
+from latticode.data.writing import seconds_of
+from latticode.evaluate.common import feature_protocol, features_of, rates
 from latticode.losses.perceptual import Perceptual
 from latticode.metrics.codes import CodeStatistics
 from latticode.metrics.features import FeatureNetwork, FeatureStatistics
-from latticode.outputs import metrics_of, seconds_of
-from latticode.tokenizer import Tokenizer
-from latticode.values import rounded
+from latticode.metrics.reconstruction import metrics_of
+from latticode.tokenizers import tiling
+from latticode.tokenizers.tokenizer import Tokenizer
 
 
 def evaluate_tokenizer(

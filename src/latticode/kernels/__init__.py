@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from latticode.kernels import entropies, lattice, native, nearest, reference, stages, vocabulary
+from latticode.kernels import entropies, lattice, native, nearest, reference, stages, tiles, vocabulary
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, empty_like
 
@@ -60,7 +60,7 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
             f"got {tuple(x.shape)} {x.dtype} and {tuple(codebook.shape)} {codebook.dtype}"
         )
     if _exporting():
-        return nearest.traced(x.detach(), codebook.detach())
+        return tiles.traced(x.detach(), codebook.detach())
     return _nearest_code(x.detach(), codebook.detach())
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from latticode.kernels import native
-from latticode.kernels.nearest import full_float32
+from latticode.kernels.tiles import full_float32
 
 CPU_TILE = 2**18  # numbers of the largest temporary, if that is `LEAST` tokens or more
 GPU_TILE = 2**25

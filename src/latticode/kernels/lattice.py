@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from latticode.kernels.grid import Channels, Lattice, digits, values
-from latticode.kernels.nearest import full_float32
+from latticode.kernels.tiles import full_float32
 
 BLOCK = 2**18  # numbers per block and thread: enough to hide the calls, few enough for a cache
 ROW = 256  # least length of a row of whole tokens

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latticode.kernels import lattice as portable
-from latticode.kernels import nearest, stages
+from latticode.kernels import nearest, stages, tiles
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, dense, empty_like, planes
 
@@ -33,7 +33,7 @@ MARGIN = 1e-6  # bounds the error of a position, per level: below 4e-7 here and 
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """For each row of `x` (N, d) the row of `codebook` (K, d) at the least Euclidean distance: (N,) int64.
 
-    Where the second best score is further below the best than rounding can explain (`nearest.margin`), the best is the
+    Where the second best score is further below the best than rounding can explain (`tiles.margin`), the best is the
     nearest; the few tokens without a clear winner go to `nearest.tiled`.
     """
     if x.device.type != "cpu" or torch.float64 in (x.dtype, codebook.dtype) or len(codebook) >= 2**31:
@@ -42,10 +42,10 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     codes = codebook.float() - centre
     offsets = codes.square().sum(dim=1) / -2
     reach = (-2 * offsets.amin()).sqrt()
-    rows, width = nearest.CPU_TILE
+    rows, width = tiles.CPU_TILE
     found = torch.empty(len(x), dtype=torch.int64)
     scores = torch.empty(min(width, len(codes)), min(rows, len(x)))
-    with nearest.full_float32():
+    with tiles.full_float32():
         for start in range(0, len(x), rows):
             tile = x[start : start + rows].float() - centre
             best, second = torch.full((2, len(tile)), -torch.inf)
@@ -54,11 +54,11 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
                 some = codes[first : first + width]
                 part = scores[: len(some), : len(tile)]
                 _scan(torch.mm(some, tile.t(), out=part), offsets, first, best, second, number)
-            clear = best - nearest.margin(tile, best, reach) > second
+            clear = best - tiles.margin(tile, best, reach) > second
             found[start : start + rows] = number.long().where(clear, -1)
     unclear = (found < 0).nonzero().squeeze(1)
     if len(unclear):
-        found[unclear] = nearest.tiled(x[unclear], codebook)
+        found[unclear] = tiles.tiled(x[unclear], codebook)
     return found
 
 

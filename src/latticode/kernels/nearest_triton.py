@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latticode.kernels import nearest
+from latticode.kernels import tiles
 
 TOKENS, CODES = 64, 64  # of one tile of scores, which lives in registers
 CHANNELS = 32  # of one step of the matrix product
@@ -26,17 +26,17 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     codes, centred = codebook - centre, x.float() - centre
     codes, centred = codes.contiguous(), centred.contiguous()
     top, second, best = two_best(centred, codes, codes.square().sum(dim=1) / -2)
-    sure = top - second > nearest.margin(centred, top, codes.norm(dim=1).amax())
+    sure = top - second > tiles.margin(centred, top, codes.norm(dim=1).amax())
     left = (~sure).nonzero().squeeze(1)
     if len(left):
-        best[left] = nearest.tiled(x[left], codebook)
+        best[left] = tiles.tiled(x[left], codebook)
     return best
 
 
 def two_best(x: Tensor, codes: Tensor, offsets: Tensor, precision: str = "ieee") -> tuple[Tensor, Tensor, Tensor]:
     """For each row of `x` (N, d) the two greatest x.c + offset over `codes` (K, d), (N,) each, and the first's place.
 
-    All contiguous float32. `precision` is that of `tl.dot`; only "ieee" keeps to the bound of `nearest.margin`. With
+    All contiguous float32. `precision` is that of `tl.dot`; only "ieee" keeps to the bound of `tiles.margin`. With
     one code the second is -inf.
     """
     n, dim = x.shape

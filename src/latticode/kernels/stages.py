@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latticode.kernels.grid import Lattice
-from latticode.kernels.nearest import full_float32
+from latticode.kernels.tiles import full_float32
 
 BLOCK = 2**17  # numbers per block and thread: enough to hide the calls, few enough for a cache
 ROW = 256  # least length of a row of whole tokens

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode import distributed
+from latticode.core import distributed
 
 SCALE = 2.0**12  # of losses before their gradients are compared: half precision would round those of large means to 0
 

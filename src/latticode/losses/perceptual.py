@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from latticode.pretrained import WEIGHTS, load_model
+from latticode.core.pretrained import WEIGHTS, load_model
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 LINEAR_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth"

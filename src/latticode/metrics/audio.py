@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latticode.core.values import rounded_sound
 from latticode.losses.spectral import WINDOWS, mel_distance, stft_distance
-from latticode.values import rounded_sound
 
 CAP = 100.0  # dB, of a recording that is restored exactly
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from latticode.pretrained import Pretrained
+from latticode.core.pretrained import Pretrained
 
 
 class Classifier(Pretrained):

@@ -1,7 +1,7 @@
 """What predictions of dense tasks are scored on: depth, panoptic segments, colours, classes of pixels.
 
 Each is made with `truth`, a function from examples (B, 3 + maps, H, W) to what a perfect prediction would be, at the
-size that examples have: `latticode.tasks` knows it.
+size that examples have: `latticode.dense.tasks` knows it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from latticode.core.values import to_uint8
 from latticode.metrics.pixels import PROTOCOL as PIXELS
 from latticode.metrics.pixels import PixelMetrics
-from latticode.values import to_uint8
 
 Truth = Callable[[Tensor], Tensor]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latticode.core.pretrained import weights_digest
+from latticode.core.values import rounded, to_uint8
 from latticode.metrics.classifier import Classifier
-from latticode.pretrained import weights_digest
-from latticode.values import rounded, to_uint8
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"

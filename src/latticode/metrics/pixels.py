@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latticode.values import to_uint8
+from latticode.core.values import to_uint8
 
 CAP = 100.0  # dB. An image that is restored exactly has no finite PSNR: it counts as this, and is counted in `exact`
 WINDOW = 11  # px, the Gaussian window of SSIM

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from latticode.core.values import to_uint8
 from latticode.metrics import pixels
 from latticode.metrics.pixels import PixelMetrics
-from latticode.values import to_uint8
 
 PROTOCOL: dict[str, Any] = {
     **pixels.PROTOCOL,

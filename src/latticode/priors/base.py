@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode import registry
+from latticode.core import registry
+from latticode.core.pretrained import Pretrained
+from latticode.core.types import Conditioning, Sampling
 from latticode.kernels.vocabulary import invert
-from latticode.pretrained import Pretrained
 from latticode.priors.schedules import RAMPS
-from latticode.types import Conditioning, Sampling
 
 DEFAULT = Sampling()
 IN_ORDER = frozenset({"temperature", "guidance", "top_k", "top_p"})  # what one draw after another can use
@@ -41,7 +41,7 @@ class Prior(Pretrained, ABC):
         self.vocab = [int(size) for size in vocab]  # the number of codes of each of the K code slots
         self.grid = [int(size) for size in grid]  # positions along each axis
         self.classes = int(classes)  # 0 = unconditional
-        self.text: nn.Module | None = None  # reads captions, in a prior that can be told them (`latticode.text`)
+        self.text: nn.Module | None = None  # reads captions, in a prior that can be told them (`latticode.priors.text`)
         if not self.vocab or min(self.vocab) < 1:
             raise ValueError(f"vocab must be one size >= 1 per code slot, got {self.vocab}")
         if not self.grid or min(self.grid) < 1:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.nn.transformer import Transformer
 from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, uniforms
 from latticode.priors.schedules import draw_ratios, masked_counts, random_mask, ranks, ratio_floor, spread_groups
 from latticode.priors.symbols import Digits, Sequential, check_soft, check_targets, levels_of, nats, table_of
-from latticode.types import Conditioning, Sampling
 
 
 class ContextualRQ(Prior):

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.nn.transformer import Past, Transformer, initialise
 from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, recorded, uniforms
-from latticode.text import BPE
-from latticode.types import Conditioning, Sampling
+from latticode.priors.text import BPE
 
 KINDS = ("row", "column", "convolution")
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.nn.rotary import grid_coordinates, rotary_table
 from latticode.nn.transformer import Transformer
 from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, recorded, uniforms
@@ -28,7 +29,6 @@ from latticode.priors.symbols import (
     nats,
     table_of,
 )
-from latticode.types import Conditioning, Sampling
 
 SPAN = 64  # attention reads the cache up to the next multiple: half the work in the mean, and few shapes to compile
 PLACES = ("learned", "rotary", "axial")

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from latticode.core.types import Conditioning
 from latticode.priors.base import check_rates
 from latticode.priors.gpt import GPT
 from latticode.priors.symbols import Sequential
-from latticode.types import Conditioning
 
 
 class Guide(GPT):

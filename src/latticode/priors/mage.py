@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.types import Conditioning
 from latticode.nn.transformer import Transformer, initialise
 from latticode.priors.base import check_rates, recorded
 from latticode.priors.masked import Context, Masked
 from latticode.priors.schedules import ranks, truncated_normal
-from latticode.types import Conditioning
 
 
 class MAGE(Masked):

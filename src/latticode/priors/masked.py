@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode import kernels
+from latticode.core.types import Conditioning, Sampling
 from latticode.kernels.entropies import tile_rows
 from latticode.nn.transformer import initialise
 from latticode.priors.base import (
@@ -32,7 +33,6 @@ from latticode.priors.base import (
 )
 from latticode.priors.schedules import RAMPS, ranks, remask_counts, spread_groups
 from latticode.priors.symbols import Digits, Sequential, nats, table_of
-from latticode.types import Conditioning, Sampling
 
 GROUPS = 12  # of the schedule of `bits`; M2T finds the gain of more groups saturated by about 8
 

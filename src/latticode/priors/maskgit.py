@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from latticode.core.types import Conditioning
 from latticode.nn.transformer import Transformer
 from latticode.priors.base import recorded
 from latticode.priors.masked import Context, Masked, projection
 from latticode.priors.schedules import draw_ratios, masked_counts, random_mask, ratio_floor
-from latticode.types import Conditioning
 
 
 class MaskedTransformer(Masked):
@@ -83,7 +83,7 @@ class MaskGIT(MaskedTransformer):
             multiply to C. FSQ's levels, or powers of 2 for groups of LFQ's bits: MAGVIT-v2's is [512, 512] of 2^18.
         inner_depth: blocks of the transformer that predicts the digits of a position one after another; 0: they are
             independent given the other positions.
-        text: what reads captions (`latticode.text`); every block attends to its states. None: there are none.
+        text: what reads captions (`latticode.priors.text`); every block attends to its states. None: there are none.
     """
 
     def __init__(

@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.nn.transformer import Transformer
 from latticode.priors.base import DEFAULT, IN_ORDER, Prior, check_sampling, uniforms
 from latticode.priors.grids import packed, ratio_of, unpacked
 from latticode.priors.masked import Context, Told, projection
 from latticode.priors.maskgit import MaskedTransformer
-from latticode.types import Conditioning, Sampling
 
 
 class Muse(Prior):
@@ -38,7 +38,7 @@ class Muse(Prior):
         label_dropout: probability that training hides label and text, from both grids at once.
         bottom_steps: forward passes of the bottom for each of the top's `sampling.steps`, rounded: it knows the top, so
             it needs fewer (section 2.8: 8 for 24).
-        text: what reads captions (`latticode.text`), or None.
+        text: what reads captions (`latticode.priors.text`), or None.
     """
 
     uses = IN_ORDER | {"steps", "noise", "schedule", "guidance_schedule"}

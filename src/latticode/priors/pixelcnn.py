@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.types import Conditioning, Sampling
 from latticode.nn.masked import RasterNetwork, initialise_convolution
 from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, uniforms
 from latticode.priors.grids import packed, ratio_of, unpacked
-from latticode.types import Conditioning, Sampling
 
 
 class PixelCNN(Prior):

@@ -11,9 +11,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from latticode import distributed
+from latticode.core import distributed
+from latticode.core.types import Quantized
 from latticode.quantizers.codebook import Codebook
-from latticode.types import Quantized
 
 T = TypeVar("T")
 Loss = tuple[Tensor, Tensor]  # sum over tokens and their number: what parts and ranks can be pooled by

@@ -8,7 +8,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from latticode import distributed, kernels
+from latticode import kernels
+from latticode.core import distributed
 from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, token_mean
 from latticode.quantizers.gradients import straight_through
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from latticode import distributed
+from latticode.core import distributed
 from latticode.kernels import nearest_code
 
 UPKEEPS = ("restart", "online", "split")

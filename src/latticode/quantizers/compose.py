@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.types import Quantized
 from latticode.quantizers.base import Quantizer, Step, Tokens, contractions, pooled
 from latticode.quantizers.gradients import straight_through
 from latticode.quantizers.residual import held, listed
-from latticode.types import Quantized
 
 
 class Projected(Quantizer):

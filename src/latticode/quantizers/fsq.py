@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from latticode.core.types import Quantized
 from latticode.kernels import Lattice, to_lattice
 from latticode.kernels.grid import Channels, digits, values
 from latticode.quantizers.base import Quantizer, Step, Tokens
 from latticode.quantizers.gradients import ESTIMATORS, check_estimator
-from latticode.types import Quantized
 
 
 class FSQ(Quantizer):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.types import Quantized, Softened
 from latticode.kernels import Lattice, to_lattices
 from latticode.kernels.stages import fits, joint_latents
 from latticode.quantizers.base import Quantizer, Step, Tokens, contractions, pooled
@@ -17,7 +18,6 @@ from latticode.quantizers.fsq import FSQ
 from latticode.quantizers.gradients import straight_through
 from latticode.quantizers.implicit import Contextual
 from latticode.quantizers.vq import Softening
-from latticode.types import Quantized, Softened
 
 
 class Residual(Softening):

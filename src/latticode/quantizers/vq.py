@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode import distributed, kernels
+from latticode import kernels
+from latticode.core import distributed
+from latticode.core.types import Softened
 from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, Update, token_mean
 from latticode.quantizers.codebook import UPKEEPS, Codebook
 from latticode.quantizers.gradients import ESTIMATORS, check_estimator, straight_through, synchronized
-from latticode.types import Softened
 
 UPDATES = ("ema", "gradient")
 

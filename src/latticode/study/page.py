@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from latticode import figures
-from latticode.figures import Picture, Point, readable
-from latticode.report import Section, Table, cell, write_page
 from latticode.study.plan import Job, Plan
 from latticode.study.table import Row, Spread, columns_of, job_folder, over_seeds, protocols
+from latticode.viz import figures
+from latticode.viz.figures import Picture, Point, readable
+from latticode.viz.report import Section, Table, cell, write_page
 
 PAGE = "study.html"
 BITS = "log2 of the codebook's size"

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from latticode.core.files import write_text
+from latticode.core.mappings import differences
+from latticode.core.registry import build, nearest
 from latticode.engine.config import (
     ConfigError,
     ImageData,
     RunConfig,
     complete,
-    differences,
     load_config,
     override,
     read_recipe,
@@ -26,10 +28,8 @@ from latticode.engine.config import (
     with_digits,
 )
 from latticode.engine.feed import open_loader
-from latticode.files import write_text
 from latticode.quantizers.levels import recommend
-from latticode.registry import build, nearest
-from latticode.runs import network_of
+from latticode.runs.open import network_of
 
 RECIPES = {"tokenizer": "study", "prior": "study-prior"}
 PRIOR_SHARE = 0.5  # of the budget

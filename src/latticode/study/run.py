@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from latticode import runs
+from latticode.core.files import write_text
+from latticode.core.progress import part_of, progress
+from latticode.data.passes import count_of
 from latticode.engine import TrainingError, TrainingStoppedError, train
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import open_loader
-from latticode.engine.progress import part_of, progress
 from latticode.evaluate import Reference
-from latticode.evaluate.common import count_of
-from latticode.files import write_text
-from latticode.report import cell
+from latticode.runs.evaluate import evaluate
 from latticode.study.page import PAGE, write_study_page
 from latticode.study.plan import Cost, Job, Plan, check_same, planned, read_plan
 from latticode.study.table import PROBLEMS, finished, read_rows, write_csv
+from latticode.viz.report import cell
 
 CALIBRATION, LOGGED = 12, 4  # steps of a measurement, and how many pass between two logs; the first few do not count
 LOOKS = (64, 320)  # images evaluated to know what all of them cost
@@ -130,7 +130,7 @@ def _evaluate(
     plan: Plan, run: Path, limit: int | None, console: Console, references: dict[str, Reference] | None = None
 ) -> dict[str, Any]:
     shared: dict[str, Any] = {"references": references, "console": console}
-    return runs.evaluate(run, features=plan.features, samples=plan.samples, limit=limit, **shared)
+    return evaluate(run, features=plan.features, samples=plan.samples, limit=limit, **shared)
 
 
 def _settled(plan: Plan, folder: Path, shard: tuple[int, int], console: Console) -> Plan:

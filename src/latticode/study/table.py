@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latticode.engine.config import differences, read_run
-from latticode.files import write_text
+from latticode.core.files import write_text
+from latticode.core.mappings import differences
+from latticode.engine.config import read_run
 from latticode.study.plan import Job, Plan
 
 PROBLEMS = "job.json"  # of a job: its error, or its peak memory

@@ -1,0 +1,3 @@
+from latticode.cli.main import main
+
+main()

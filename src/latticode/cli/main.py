@@ -1,0 +1,67 @@
+"""The command line: every verb in the order of --help. Heavy imports happen inside the verbs, so that it is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from latticode.cli.evaluate import evaluate, predict, probe
+from latticode.cli.options import err, out
+from latticode.cli.sample import edit, sample
+from latticode.cli.study import compare, diagnose, levels, study
+from latticode.cli.tokens import decode, encode
+from latticode.cli.train import demo, recipes, report, train
+from latticode.version import __version__
+
+app = typer.Typer(
+    help="Images, video and audio to discrete tokens and back, and generators over the tokens.",
+    epilog="Begin with: latticode demo. Then: latticode recipes, latticode train fsq-tokenizer data.source=photos/",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(f"latticode {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Images, video and audio to discrete tokens and back, and generators over the tokens."""
+
+
+VERBS = (
+    *(train, recipes, encode, decode, sample, edit, evaluate, predict, probe),
+    *(study, compare, diagnose, levels, report, demo),
+)
+for verb in VERBS:
+    app.command()(verb)
+
+
+def main() -> None:
+    """Run the command line; bad input, or an extra that is missing, ends with one message and exit code 2."""
+    try:
+        app(prog_name="latticode")
+    except Exception as error:
+        from latticode.engine import TrainingError
+
+        expected = ValueError | OSError | ImportError | TrainingError
+        if not isinstance(error, expected) or "LATTICODE_TRACEBACK" in os.environ:
+            raise
+        err.print("error:", style="bold red", end=" ")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

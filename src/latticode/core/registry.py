@@ -1,0 +1,192 @@
+"""One explicit table of everything a configuration can name, and `build`, which turns a spec into a module.
+
+A spec is data: `{"type": "fsq", "levels": [8, 5, 5, 5]}`. Only names of this table are understood, so a configuration
+or an untrusted checkpoint can name no code. The table holds addresses, not classes: it imports nothing until something
+is built, so it can sit below every layer and serve all of them (a model saves itself without reaching up).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+Spec = dict[str, Any]
+
+TABLE: dict[str, str | type[nn.Module]] = {
+    # quantizers
+    "fsq": "latticode.quantizers.fsq:FSQ",
+    "vq": "latticode.quantizers.vq:VQ",
+    "simvq": "latticode.quantizers.vq:SimVQ",
+    "lfq": "latticode.quantizers.binary:LFQ",
+    "bsq": "latticode.quantizers.binary:BSQ",
+    "gumbel": "latticode.quantizers.stochastic:Gumbel",
+    "stochastic_vq": "latticode.quantizers.stochastic:StochasticVQ",
+    "qinco": "latticode.quantizers.implicit:QINCo",
+    "projected": "latticode.quantizers.compose:Projected",
+    "grouped": "latticode.quantizers.compose:Grouped",
+    "hierarchical": "latticode.quantizers.compose:Hierarchical",
+    "residual": "latticode.quantizers.residual:Residual",
+    # encoders and decoders
+    "conv_encoder": "latticode.autoencoders.conv:ConvEncoder",
+    "conv_decoder": "latticode.autoencoders.conv:ConvDecoder",
+    "maskgit_encoder": "latticode.autoencoders.maskgit:MaskGITEncoder",
+    "maskgit_decoder": "latticode.autoencoders.maskgit:MaskGITDecoder",
+    "residual_encoder": "latticode.autoencoders.residual:ResidualEncoder",
+    "residual_decoder": "latticode.autoencoders.residual:ResidualDecoder",
+    "vit_encoder": "latticode.autoencoders.vit:ViTEncoder",
+    "vit_decoder": "latticode.autoencoders.vit:ViTDecoder",
+    "audio_encoder": "latticode.autoencoders.audio:AudioEncoder",
+    "audio_decoder": "latticode.autoencoders.audio:AudioDecoder",
+    "video_encoder": "latticode.autoencoders.video:VideoEncoder",
+    "video_decoder": "latticode.autoencoders.video:VideoDecoder",
+    "unshuffled": "latticode.autoencoders.shuffle:Unshuffled",
+    "shuffled": "latticode.autoencoders.shuffle:Shuffled",
+    "logit_laplace": "latticode.autoencoders.pixels:LogitLaplace",
+    # models
+    "tokenizer": "latticode.tokenizers.tokenizer:Tokenizer",
+    "hierarchical_tokenizer": "latticode.tokenizers.hierarchical:HierarchicalTokenizer",
+    "palette": "latticode.tokenizers.palette:Palette",
+    "gpt": "latticode.priors.gpt:GPT",
+    "maskgit": "latticode.priors.maskgit:MaskGIT",
+    "muse": "latticode.priors.muse:Muse",
+    "mage": "latticode.priors.mage:MAGE",
+    "pixelcnn": "latticode.priors.pixelcnn:PixelCNN",
+    "two_level": "latticode.priors.pixelcnn:TwoLevel",
+    "contextual_rq": "latticode.priors.contextual:ContextualRQ",
+    "dalle": "latticode.priors.dalle:DALLE",
+    "guide": "latticode.priors.guide:Guide",
+    "classifier": "latticode.metrics.classifier:Classifier",
+    # dense tasks
+    "uvim": "latticode.dense.uvim:UViM",
+    "depth": "latticode.dense.tasks:Depth",
+    "panoptic": "latticode.dense.tasks:Panoptic",
+    "colorization": "latticode.dense.tasks:Colorization",
+    # readers of captions
+    "bpe": "latticode.priors.text:BPE",
+    "text_encoder": "latticode.priors.text:TextEncoder",
+    "t5": "latticode.priors.text:T5Text",
+    # critics and perceptual distances
+    "patch_critic": "latticode.nn.critic:PatchCritic",
+    "stylegan_critic": "latticode.nn.critic:StyleGANCritic",
+    "critics": "latticode.nn.critic_audio:Critics",
+    "period_critic": "latticode.nn.critic_audio:PeriodCritic",
+    "spectrum_critic": "latticode.nn.critic_audio:SpectrumCritic",
+    "lpips": "latticode.losses.perceptual:LPIPS",
+    "features": "latticode.losses.perceptual:FeatureDistance",
+    # objectives
+    "reconstruction": "latticode.engine.objectives:ReconstructionObjective",
+    "adversarial": "latticode.engine.objectives:Adversarial",
+    "prior": "latticode.engine.objectives:PriorObjective",
+    "guided": "latticode.engine.objectives:GuidedObjective",
+    "prior_classification": "latticode.engine.objectives:PriorClassificationObjective",
+    "classification": "latticode.engine.objectives:ClassificationObjective",
+}
+
+
+class SpecError(ValueError):
+    """A spec that names an unknown type or key, or lacks one."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """', did you mean X?' if something in `valid` is close, then the list of what is valid."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(word, valid, n=2, cutoff=0.5)
+    hint = f"; nearest: {', '.join(close)}" if close else ""
+    return f"{hint}; valid: {', '.join(valid) or 'none'}"
+
+
+def resolve(name: Any) -> type[nn.Module]:
+    """The class behind a type name. Raises SpecError for a name that is not in the table."""
+    if not isinstance(name, str) or name not in TABLE:
+        raise SpecError(f"unknown type {name!r}{nearest(str(name), TABLE)}")
+    entry = TABLE[name]
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    return entry
+
+
+def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
+    """The constructor's parameters by name, without self."""
+    named = list(inspect.signature(cls.__init__).parameters.items())[1:]
+    return {name: p for name, p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def check(spec: Mapping[str, Any], path: str = "") -> None:
+    """Raise SpecError if `spec`, or a spec inside it, names an unknown type or key or lacks a required one."""
+    here = path or "spec"
+    if "type" not in spec:
+        raise SpecError(f"{here} needs a 'type'; valid: {', '.join(sorted(TABLE))}")
+    try:
+        parameters = parameters_of(resolve(spec["type"]))
+    except SpecError as error:
+        raise SpecError(f"{here}: {error}") from None
+    for key in spec:
+        if key != "type" and key not in parameters:
+            raise SpecError(f"{here}: unknown key {key!r} for type {spec['type']!r}{nearest(key, parameters)}")
+    missing = [k for k, p in parameters.items() if p.default is inspect.Parameter.empty and k not in spec]
+    if missing:
+        raise SpecError(f"{here}: type {spec['type']!r} lacks {', '.join(missing)}; valid: {', '.join(parameters)}")
+    for key, value in spec.items():
+        for index, inner in enumerate(value if isinstance(value, list | tuple) else [value]):
+            if isinstance(inner, Mapping) and "type" in inner:
+                suffix = f".{index}" if isinstance(value, list | tuple) else ""
+                check(inner, f"{path}.{key}{suffix}" if path else f"{key}{suffix}")
+
+
+def build(spec: Mapping[str, Any]) -> Any:
+    """Build the module that `spec` describes, inner specs first.
+
+    Raises SpecError for unknown types, unknown keys and missing keys (with the valid ones), and whatever the
+    constructor raises for bad values.
+    """
+    check(spec)
+    return _build(spec)
+
+
+def _build(value: Any) -> Any:
+    if isinstance(value, Mapping) and "type" in value:
+        arguments = {key: _build(inner) for key, inner in value.items() if key != "type"}
+        return resolve(value["type"])(**arguments)
+    if isinstance(value, list | tuple):
+        return [_build(inner) for inner in value]
+    return value
+
+
+def spec_of(module: nn.Module) -> Spec:
+    """The spec that rebuilds `module`: each constructor parameter is read from the attribute of the same name.
+
+    That attribute exists by the house rule that a registered class keeps its arguments; a law test holds it.
+    """
+    names = {cls: name for name in TABLE if _same(TABLE[name], cls := type(module))}
+    if type(module) not in names:
+        raise SpecError(f"{type(module).__name__} is not in the table; valid: {', '.join(sorted(TABLE))}")
+    return {
+        "type": names[type(module)],
+        **{key: _plain(getattr(module, key)) for key in parameters_of(type(module))},
+    }
+
+
+def essence(spec: Any) -> Any:
+    """`spec` without what is a constructor's default: it stays the same when a class gets a further option."""
+    if isinstance(spec, list | tuple):
+        return [essence(inner) for inner in spec]
+    if not isinstance(spec, Mapping) or "type" not in spec:
+        return spec
+    defaults = {key: _plain(p.default) for key, p in parameters_of(resolve(spec["type"])).items()}
+    return {key: essence(value) for key, value in spec.items() if key not in defaults or value != defaults[key]}
+
+
+def _same(entry: str | type, cls: type) -> bool:
+    return entry == f"{cls.__module__}:{cls.__qualname__}" if isinstance(entry, str) else entry is cls
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, nn.ModuleList | list | tuple):
+        return [_plain(inner) for inner in value]
+    return spec_of(value) if isinstance(value, nn.Module) else value

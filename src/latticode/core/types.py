@@ -1,0 +1,120 @@
+"""The structs that cross layers. Shapes: B batch, C channels, D latent width, K codes per position, *grid positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantizer returns."""
+
+    latents: Tensor  # (B, *grid, D), what the decoder sees; carries the gradient
+    codes: Tensor  # (B, *grid, K) int64; K codes per position, never squeezed
+    losses: Mapping[str, Tensor] = field(default_factory=dict)  # unweighted scalars by name; empty for FSQ
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a tokenizer returns from `forward`."""
+
+    output: Tensor  # (B, C, *size), like the input
+    codes: Tensor  # (B, *grid, K) int64
+    losses: Mapping[str, Tensor]  # the quantizer's, unweighted
+
+
+@dataclass(frozen=True)
+class Guided:
+    """What a model of a dense task returns from `forward` (`latticode.dense.uvim`)."""
+
+    output: Tensor  # (B, channels of the task, H, W)
+    codes: Tensor  # (B, *grid, K) int64, by which it was guided
+    losses: Mapping[str, Tensor]  # the quantizer's, unweighted
+
+
+class Softened(NamedTuple):
+    """Codes that were drawn, and the distributions that they were drawn from."""
+
+    codes: Tensor  # (B, *grid, K) int64
+    p: Tensor  # (B, *grid, K, C), C the largest codebook's size; 0 where a smaller one has no code
+
+
+Texts = tuple[tuple[str, ...], ...]  # of each of the B examples, all its captions; empty where the source has none
+
+
+def first_texts(texts: Texts, count: int) -> tuple[str, ...]:
+    """The first caption of each of `count` examples, '' where there is none."""
+    return tuple(own[0] if own else "" for own in texts or ((),) * count)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loader yields: preprocessed images, clips or waveforms and what is known of them."""
+
+    # float32 in [-1, 1]: images (B, C, H, W), videos (B, C, T, H, W), waveforms (B, C, T); dense examples are int32
+    # (B, 3 + L, H, W), RGB 0..255 and then L label maps
+    inputs: Tensor
+    labels: Tensor  # (B,) int64; -1 = no label
+    indices: Tensor  # (B,) int64, position in the source
+    texts: Texts = ()
+
+    def drop(self, count: int) -> Batch:
+        """Without the first `count`."""
+        return Batch(self.inputs[count:], self.labels[count:], self.indices[count:], self.texts[count:])
+
+    def to(self, device: Any) -> Batch:
+        return replace(
+            self, inputs=self.inputs.to(device), labels=self.labels.to(device), indices=self.indices.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class CodeBatch:
+    """Tokens of images instead of images: what a prior trains on."""
+
+    codes: Tensor  # (B, *grid, K) int64
+    labels: Tensor  # (B,) int64; -1 = no label
+    texts: Texts = ()
+    soft: Tensor | None = None  # (B, *grid, K, C), what the codes were drawn from (`Softened.p`)
+    images: Tensor | None = (
+        None  # (B, 3, H, W) in [-1, 1], of whose unknown labels the codes tell (`latticode.dense.uvim`)
+    )
+
+    def to(self, device: Any) -> CodeBatch:
+        soft, images = (None if t is None else t.to(device) for t in (self.soft, self.images))
+        return replace(self, codes=self.codes.to(device), labels=self.labels.to(device), soft=soft, images=images)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a prior is told. A label of -1 and an empty text ask for an unconditional sample."""
+
+    labels: Tensor | None = None  # (B,) int64
+    texts: tuple[str, ...] | None = None  # one for each of the B images
+    images: Tensor | None = None  # (B, 3, H, W) in [-1, 1], of a prior that sees
+
+    def take(self, rows: slice) -> Conditioning:
+        told = {name: value[rows] for name, value in vars(self).items() if value is not None}
+        return Conditioning(**told)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a prior samples. A prior ignores what its decoding order has no use for."""
+
+    steps: int = 12  # forward passes of an iterative decoder
+    temperature: float = 1.0  # of the token draw
+    noise: float = (
+        4.5  # Gumbel noise on the confidences at the first step, annealed to 0 (MaskGIT's choice temperature)
+    )
+    guidance: float = 0.0  # w in l_c + w (l_c - l_0); 0 = off
+    guidance_schedule: str = "constant"  # of w over an iterative decoder's steps: constant, linear or cosine
+    schedule: str = "cosine"  # of the masked fraction over the steps
+    revisions: int = 0  # rounds in which a drafted image is generated again, part by part (draft-and-revise)
+    revise_steps: int = 2  # parts of a revision
+    top_k: int = 0  # keep the k likeliest tokens; 0 = all
+    top_p: float = 1.0  # keep the likeliest tokens of this total probability

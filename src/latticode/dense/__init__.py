@@ -1,0 +1,1 @@
+"""Dense prediction by a guiding code (UViM): the model and its tasks, depth, panoptic segmentation and colorization."""

@@ -1,0 +1,1 @@
+"""Tokenizers: encoder, quantizer and decoder joined, and what is done with whole ones."""

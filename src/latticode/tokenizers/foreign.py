@@ -1,0 +1,81 @@
+"""Somebody else's tokenizer, behind two functions, so that it can be evaluated under the same protocol as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from latticode.core.types import Reconstruction
+from latticode.tokenizers.tokenizer import Tokenizer
+
+
+class Foreign(Tokenizer):
+    """Images (B, C, H, W) float in [-1, 1] to codes and back by functions that are given; to be measured, not trained.
+
+    Images whose sides the stride does not divide are padded, and outputs cropped, as for every `Tokenizer`. It has no
+    spec, so it cannot be saved.
+
+    Args:
+        encode: padded images to integer codes (B, h, w) or (B, h, w, K), h = H / stride.
+        decode: such codes to images (B, C, H, W), about [-1, 1].
+        vocab: the number of codes of a position, or of each of its K.
+        stride: pixels per position along each side.
+        channels: C.
+        module: what both functions compute with, if it shall be moved and set to eval mode with this one.
+
+    Raises:
+        ValueError: for codes of another shape, type or range than announced, and outputs of another shape.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        decode: Callable[[Tensor], Tensor],
+        vocab: int | Sequence[int],
+        stride: int,
+        channels: int = 3,
+        module: nn.Module | None = None,
+    ):
+        nn.Module.__init__(self)
+        sizes = (vocab,) if isinstance(vocab, int) else tuple(vocab)
+        if not sizes or min(sizes) < 1 or stride < 1 or channels < 1:
+            raise ValueError(f"vocab, stride and channels must be >= 1, got {vocab}, {stride} and {channels}")
+        self.module, self._functions = module, (encode, decode)
+        self._vocab, self._channels, self._flat = sizes, channels, isinstance(vocab, int)
+        self.axes, self.strides, self.leads, self.pixels = 2, (stride, stride), (0, 0), None
+        self.encoder = self.decoder = self.quantizer = None  # type: ignore[assignment]
+
+    @property
+    def channels(self) -> int:
+        return self._channels
+
+    @property
+    def vocab(self) -> tuple[int, ...]:
+        return self._vocab
+
+    def _encode(self, x: Tensor) -> Tensor:
+        codes, grid = self._functions[0](x), self.grid(x.shape[2:])
+        codes = codes[..., None] if codes.ndim == 3 and self._flat else codes
+        expected = (len(x), *grid, len(self.vocab))
+        if tuple(codes.shape) != expected or codes.is_floating_point():
+            got = f"{tuple(codes.shape)} {str(codes.dtype).removeprefix('torch.')}"
+            raise ValueError(f"encode should give integer codes {expected} for images {tuple(x.shape)}, got {got}")
+        low, high = codes.flatten(0, -2).aminmax(dim=0)
+        if int(low.min()) < 0 or any(h >= size for h, size in zip(high.tolist(), self.vocab, strict=True)):
+            raise ValueError(f"encode gave codes {int(low.min())} .. {high.tolist()} where vocab is {self.vocab}")
+        return codes.long()
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        output = self._functions[1](codes[..., 0] if self._flat else codes)
+        expected = (len(codes), self.channels, *(n * s for n, s in zip(codes.shape[1:-1], self.strides, strict=True)))
+        if tuple(output.shape) != expected:
+            raise ValueError(f"decode should give images {expected}, got {tuple(output.shape)}")
+        return output.float()
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        codes = self.encode(images)
+        return Reconstruction(self.decode(codes, images.shape[2:]), codes, {})
+
+
+__all__ = ["Foreign"]

@@ -1,0 +1,1 @@
+"""Pictures of batches, charts, and the report of a run."""
