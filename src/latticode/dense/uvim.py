@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.autoencoders.vit import Positions
+from latticode.core.modules import described
 from latticode.core.pretrained import Pretrained
 from latticode.core.types import Guided
 from latticode.dense.tasks import Task
@@ -136,14 +137,14 @@ class UViM(Pretrained):
         Raises ValueError for an image or codes of another shape or type.
         """
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
-            raise ValueError(f"expected a float image (B, 3, H, W), got {_described(image)}")
+            raise ValueError(f"expected a float image (B, 3, H, W), got {described(image)}")
         self.grid(image.shape[2:])
         if codes is None or self.dropout == "all":
             latents = image.new_zeros(len(image), *self.code, self.quantizer.dim)
         else:
             expected = (len(image), *self.code, len(self.vocab))
             if tuple(codes.shape) != expected:
-                raise ValueError(f"expected codes {expected} for images {tuple(image.shape)}, got {_described(codes)}")
+                raise ValueError(f"expected codes {expected} for images {tuple(image.shape)}, got {described(codes)}")
             latents = self.quantizer.decode(codes)
         return self._solved(image, latents)
 
@@ -179,7 +180,7 @@ class UViM(Pretrained):
     def _check(self, inputs: Tensor) -> None:
         if inputs.ndim != 4 or inputs.shape[1] != self.channels or inputs.is_floating_point():
             shape = f"(B, {self.channels}, H, W), RGB and {self.task.maps} label maps"
-            raise ValueError(f"expected integer examples {shape}, got {_described(inputs)}")
+            raise ValueError(f"expected integer examples {shape}, got {described(inputs)}")
         self.grid(inputs.shape[2:])
 
 
@@ -209,7 +210,3 @@ def resized(x_BhwD: Tensor, size: Sequence[int]) -> Tensor:
             weight = (weight / weight.sum(1, keepdim=True)).to(x_BhwD)
             x_BhwD = (weight @ x_BhwD.movedim(axis, -2)).movedim(-2, axis)
     return x_BhwD
-
-
-def _described(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latticode.core.modules import device_of, evaluating
 from latticode.data import Loader
 from latticode.data.passes import Progress, Report, batches_of, count_of
 from latticode.metrics.codes import CodeStatistics, entropy_bits
@@ -155,7 +154,7 @@ def measure(part: Part) -> dict[str, Any]:
         {"channel": i, "mean": m, "std": s} for i, (m, s) in enumerate(zip(mean.tolist(), std.tolist(), strict=True))
     ]
     if isinstance(one, VQ | SimVQ):
-        codes = one.encode(x.to(torch.float32).to(_device(one)))
+        codes = one.encode(x.to(torch.float32).to(device_of(one)))
         chosen = one.decode(codes).double().cpu()
         placed = nn.functional.normalize(x, dim=-1) if getattr(one, "normalize", False) else x
         spread = float(chosen.std(0, correction=0).square().sum().sqrt())
@@ -182,10 +181,6 @@ def _correlation(x: Tensor) -> dict[str, Any]:
     table = (moved.T @ moved).abs().triu(1)
     place = int(table.argmax())
     return {"value": float(table.max()), "channels": [place // len(table), place % len(table)]}
-
-
-def _device(quantizer: nn.Module) -> torch.device:
-    return next((t.device for t in [*quantizer.parameters(), *quantizer.buffers()]), torch.device("cpu"))
 
 
 def bounds(

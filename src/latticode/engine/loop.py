@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from latticode.core import distributed, registry
 from latticode.core.files import write_text
+from latticode.core.modules import keeping_modes
 from latticode.core.pretrained import save_model
 from latticode.core.progress import progress, tell_skipped
 from latticode.core.registry import nearest
@@ -99,15 +100,13 @@ class Average:
     def applied(self) -> Iterator[None]:
         """The model with averaged weights and in eval mode, for the time of the block."""
         raw = {k: v.clone() for k, v in self.model.state_dict().items()}
-        modes = {module: module.training for module in self.model.modules()}
         self.model.load_state_dict(self.weights())
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.load_state_dict(raw)
-            for module, training in modes.items():
-                module.training = training
+        with keeping_modes(self.model):
+            self.model.eval()
+            try:
+                yield
+            finally:
+                self.model.load_state_dict(raw)
 
 
 class Interrupt:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from latticode.core.files import write_text
+from latticode.core.modules import device_of
 from latticode.core.types import Batch, CodeBatch, Sampling, first_texts
 from latticode.core.values import to_uint8
 from latticode.data.writing import save_png
@@ -49,7 +50,7 @@ class Monitor:
         """Score `model` and what `objective` has trained on the held-out batch and draw what the model does."""
         if self.batch is None:
             return
-        batch = self.batch.to(next(model.parameters()).device)
+        batch = self.batch.to(device_of(model))
         if isinstance(uvim := model if self.config.kind == "tokenizer" else self.feed.tokenizer, UViM):
             values = self._guided(step, batch, model, uvim, objective)
         elif self.config.kind == "tokenizer":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latticode.core import distributed
+from latticode.core.modules import described
 from latticode.core.types import Quantized
 from latticode.quantizers.codebook import Codebook
 
@@ -186,17 +187,17 @@ class Quantizer(nn.Module, ABC):
 
     def _check_latents(self, z: Tensor, mask: Tensor | None = None) -> None:
         if z.ndim < 1 or z.shape[-1] != self.dim or not z.is_floating_point():
-            raise ValueError(f"{type(self).__name__} expects float latents (..., {self.dim}), got {_describe(z)}")
+            raise ValueError(f"{type(self).__name__} expects float latents (..., {self.dim}), got {described(z)}")
         if mask is not None and (mask.shape != z.shape[:-1] or mask.dtype != torch.bool):
             shape = tuple(z.shape)
-            raise ValueError(f"latents {shape} need a bool mask {shape[:-1]}, got {_describe(mask)}")
+            raise ValueError(f"latents {shape} need a bool mask {shape[:-1]}, got {described(mask)}")
 
     def _check_codes(self, codes: Tensor) -> None:
         *fewer, slots = self._prefixes
         if codes.ndim < 1 or codes.shape[-1] not in (*fewer, slots) or codes.is_floating_point():
             some = f" or their first {', '.join(map(str, fewer))}" if fewer else ""
             raise ValueError(
-                f"{type(self).__name__} expects integer codes (..., {slots}){some}, got {_describe(codes)}"
+                f"{type(self).__name__} expects integer codes (..., {slots}){some}, got {described(codes)}"
             )
         self._check_range(codes, self._lowest)
 
@@ -273,7 +274,3 @@ def _distinct(items: Sequence[T]) -> list[T]:
         if not any(item is other for other in found):
             found.append(item)
     return found
-
-
-def _describe(t: Tensor) -> str:
-    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latticode.core.files import write_text
 from latticode.core.mappings import differences
+from latticode.core.modules import device_of
 from latticode.core.progress import progress
 from latticode.core.types import Conditioning, Sampling
 from latticode.data import IMAGE, Preparation, Preprocess, decode_image
@@ -283,7 +284,7 @@ def _pasted(original: Tensor, hole: Tensor, width: int, generated: Tensor) -> Te
 def _encoded(tokenizer: Tokenizer, values: Tensor) -> Tensor:
     """Codes (1, *grid, K) of one example (C, *size)."""
     with torch.inference_mode():
-        return tokenizer.encode(values[None].to(next(tokenizer.parameters()).device))
+        return tokenizer.encode(values[None].to(device_of(tokenizer)))
 
 
 def _whole(preprocess: Preparation) -> Preparation:

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from latticode.core import registry
+from latticode.core.modules import device_of
 from latticode.core.progress import progress
 from latticode.data import Loader, TokenDataset, TokenWriter
 from latticode.data.tokens import MANIFEST, UnfinishedError
@@ -48,7 +49,7 @@ def encode(
         ragged=loader.preprocess.shape is None,
         resume=resume,
     )
-    device = next(tokenizer.parameters()).device
+    device = device_of(tokenizer)
     left = done = writer.written  # images of finished shards are read again, to count them, but not encoded
     total = 0 if loader.streaming else len(loader)
     with ThreadPoolExecutor(1) as pool, progress(console, "encode", total, start=done) as advance:
@@ -82,7 +83,7 @@ def decode(
     """
     if any(shard["grid"] is None for shard in tokens.manifest["shards"]):
         batch_size = 1
-    device = next(tokenizer.parameters()).device
+    device = device_of(tokenizer)
     start = 0
     while start < len(tokens):
         stop = start + 1

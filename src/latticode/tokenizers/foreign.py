@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from latticode.core.modules import described
 from latticode.core.types import Reconstruction
 from latticode.tokenizers.tokenizer import Tokenizer
 
@@ -59,8 +60,8 @@ class Foreign(Tokenizer):
         codes = codes[..., None] if codes.ndim == 3 and self._flat else codes
         expected = (len(x), *grid, len(self.vocab))
         if tuple(codes.shape) != expected or codes.is_floating_point():
-            got = f"{tuple(codes.shape)} {str(codes.dtype).removeprefix('torch.')}"
-            raise ValueError(f"encode should give integer codes {expected} for images {tuple(x.shape)}, got {got}")
+            wanted = f"integer codes {expected} for images {tuple(x.shape)}"
+            raise ValueError(f"encode should give {wanted}, got {described(codes)}")
         low, high = codes.flatten(0, -2).aminmax(dim=0)
         if int(low.min()) < 0 or any(h >= size for h, size in zip(high.tolist(), self.vocab, strict=True)):
             raise ValueError(f"encode gave codes {int(low.min())} .. {high.tolist()} where vocab is {self.vocab}")

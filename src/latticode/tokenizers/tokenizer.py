@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.modules import described
 from latticode.core.pretrained import Pretrained
 from latticode.core.types import Quantized, Reconstruction, Softened
 from latticode.quantizers.base import Quantizer
@@ -181,8 +182,7 @@ class Tokenizer(Pretrained):
 
     def _padded(self, images: Tensor) -> Tensor:
         if images.ndim != 2 + self.axes or images.shape[1] != self.channels or not images.is_floating_point():
-            dtype, expected = str(images.dtype).removeprefix("torch."), INPUTS[self.axes].format(self.channels)
-            raise ValueError(f"expected float {expected}, got {tuple(images.shape)} {dtype}")
+            raise ValueError(f"expected float {INPUTS[self.axes].format(self.channels)}, got {described(images)}")
         grid = self.grid(images.shape[2:])
         if not self.training and not torch.compiler.is_compiling() and not bool(images.isfinite().all()):
             count = int((~images.isfinite()).sum())
