@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latticode.core.modules import device_of, evaluating
 from latticode.data import Loader
 from latticode.data.passes import Progress, Report, batches_of, count_of
 from latticode.metrics.codes import CodeStatistics, entropy_bits
