@@ -102,7 +102,7 @@ def test_a_recipe_that_opens_with_a_published_number_is_in_the_table() -> None:
     assert full == set(TABLE) | set(PRIORS)
     for name in full:
         assert "Not run by us" in " ".join(opening[name].replace("\n# ", " ").split()), name
-        assert f"latticode.cli.main train {name}" in opening[name] or f"latticode train {name}" in opening[name]
+        assert f"latticode.cli train {name}" in opening[name] or f"latticode train {name}" in opening[name]
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
+from latticode.core import progress as module
 from latticode.core.progress import part_of, progress, tell_skipped
-from latticode.engine import progress as module
 
 
 def test_lines_tell_a_rate_only_when_there_is_one(monkeypatch) -> None:

@@ -91,8 +91,8 @@ class Prior(Pretrained, ABC):
 
         Raises ValueError where a prior has none, and for bad codes or conditions.
         """
-        names = [name for name, entry in registry.TABLE.items() if str(entry).startswith("latticode.priors.")]
-        able = [name for name in names if getattr(registry.resolve(name), "features", None) is not Prior.features]
+        kinds = {name: registry.resolve(name) for name in registry.TABLE}
+        able = [name for name, cls in kinds.items() if issubclass(cls, Prior) and cls.features is not Prior.features]
         raise ValueError(f"a {type(self).__name__} has no features; priors that have: {', '.join(able)}")
 
     def condition(
