@@ -59,8 +59,8 @@ FINITE_STAGES = "{type: residual, depth: 4, stages: {type: fsq, levels: [4, 4, 4
 BINARY_STAGES = "{type: residual, depth: 4, stages: {type: lfq, dim: 8}}"
 MSE = "{mse: 1.0}"
 GAN = ("objective.adversarial.start=500", "objective.perceptual.run=OUT/classifier")
-CRITICAL = "mse: 1.0, perceptual: 0.1, adversarial: 0.1, critic: 1.0, r1: 1.0"
-GENTLE = "mse: 1.0, l1: 0.2, perceptual: 0.03, adversarial: 0.1, critic: 1.0, r1: 1.0"
+CRITICAL = "mse: 1.0, perceptual: 0.1, adversarial: 0.1, discriminator: 1.0, r1: 1.0"
+GENTLE = "mse: 1.0, l1: 0.2, perceptual: 0.03, adversarial: 0.1, discriminator: 1.0, r1: 1.0"
 
 CODES = ("codes per example", "bits per code", "usage", "perplexity", "parameters", "examples/s", "minutes")
 IMAGES = ("bits per pixel", "PSNR", "SSIM", "perceptual", "rFID", *CODES)

@@ -43,7 +43,7 @@ TABLE = {
     "simvq-imagenet": Published((16, 16), (65536,), 24_282_496, 39_851_907, (0.03, 0.3)),
     "simvq-libritts": Published((75,), (4096,)),
     "uvim-coco-panoptic": Published((16, 16), (4375,)),
-    "uvim-imagenet-colour": Published((16, 16), (4375,)),
+    "uvim-imagenet-colorization": Published((16, 16), (4375,)),
     "uvim-nyu-depth": Published((16, 16), (4375,)),
     "vitvqgan-imagenet": Published((32, 32), (8192,)),
     "vqgan-imagenet": Published((16, 16), (16384,), 29_298_176, 42_449_795),
@@ -81,7 +81,7 @@ VIT_L = 304.3e6
 GUIDE = VIT_L + 24 * 16 * 1024**2 + 2 * 4375 * 1024  # blocks with attention to themselves and to the image, and tables
 PRIORS |= {
     f"{name}-guide": PublishedPrior(name, GUIDE, 0.01)
-    for name in ("uvim-coco-panoptic", "uvim-imagenet-colour", "uvim-nyu-depth")
+    for name in ("uvim-coco-panoptic", "uvim-imagenet-colorization", "uvim-nyu-depth")
 }
 SIZES = {
     "image": ("size", "size"),
@@ -120,7 +120,7 @@ def test_the_recipe_is_as_published(name: str) -> None:
         if expected is not None:
             assert parameters(network) == pytest.approx(expected, rel=within, abs=0)
     check(config.objective)
-    assert set(objective.players(tokenizer)) <= {"tokenizer", "critic"}
+    assert set(objective.players(tokenizer)) <= {"tokenizer", "discriminator"}
 
 
 @pytest.mark.parametrize("name", PRIORS)

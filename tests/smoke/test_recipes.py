@@ -63,7 +63,7 @@ def tokens_for(prior: dict[str, Any], folder: Path) -> Path:
         spec = "{type: uvim, task: {type: colorization}, quantizer: {type: fsq, levels: [4, 3]}, code: [2, 2], "
         spec += "patch: 16, side: 4, width: 16, heads: 2, oracle_depth: 1, base_depth: 1}"
         data = "data={kind: dense, source: 'embedded:shapes', size: 64}"
-        return train(load_config("uvim-colour-small", [*SHORT, data, f"tokenizer={spec}"]), folder, console=QUIET)
+        return train(load_config("uvim-colorization-small", [*SHORT, data, f"tokenizer={spec}"]), folder, console=QUIET)
     book = {"type": "vq", "size": 16, "dim": 3}
     if prior.get("tops") or prior["type"] in ("muse", "two_level"):
         quantizer = {"type": "hierarchical", "top": book, "bottom": {**book, "size": 12}, "fanout": 4}

@@ -287,13 +287,14 @@ def test_what_a_prior_may_stand_on(tmp_path) -> None:
 
 
 def test_what_data_determine_reaches_the_parts_of_a_list() -> None:
-    critics = "{type: critics, critics: [{type: period_critic}, {type: spectrum_critic, channels: 1}]}"
+    two = "[{type: period_discriminator}, {type: stft_discriminator, channels: 1}]"
+    discriminators = f"{{type: multi_discriminator, discriminators: {two}}}"
     config = load_config(
         "fsq-fsdd",
-        ["data.channels=2", f"objective.adversarial={{type: adversarial, critic: {critics}}}"],
+        ["data.channels=2", f"objective.adversarial={{type: adversarial, discriminator: {discriminators}}}"],
     )
-    filled = complete(config, classes=0).objective["adversarial"]["critic"]["critics"]
-    assert [critic["channels"] for critic in filled] == [2, 1]  # what a recipe says, stands
+    filled = complete(config, classes=0).objective["adversarial"]["discriminator"]["discriminators"]
+    assert [discriminator["channels"] for discriminator in filled] == [2, 1]  # what a recipe says, stands
 
 
 def test_digits_of_a_prior_are_those_of_its_tokenizer_where_it_says_own(tmp_path) -> None:

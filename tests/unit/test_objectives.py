@@ -29,13 +29,13 @@ from latticode.losses.adversarial import ADVERSARIAL_LOSSES
 from latticode.metrics.classifier import Classifier
 from latticode.viz.report import write_report
 
-CRITIC = {"type": "patch_critic", "width": 4, "layers": 1, "groups": 2}
-WEIGHTS = {"mse": 1, "l1": 0.2, "critic": 1, "r1": 1, "lecam": 0.1, "adversarial": 0.5}
+DISCRIMINATOR = {"type": "patch_discriminator", "width": 4, "layers": 1, "groups": 2}
+WEIGHTS = {"mse": 1, "l1": 0.2, "discriminator": 1, "r1": 1, "lecam": 0.1, "adversarial": 0.5}
 TWO = {"r1_every": 2, "lecam": True}
 
 
 def gan_config(*more: str, quantizer: dict[str, Any] = FSQ_SPEC, **adversarial: Any) -> RunConfig:
-    spec = {"type": "adversarial", "critic": CRITIC, **TWO, **adversarial}
+    spec = {"type": "adversarial", "discriminator": DISCRIMINATOR, **TWO, **adversarial}
     weights = WEIGHTS | ({"commitment": 0.25} if quantizer["type"] == "vq" else {})
     overrides = [f"objective.adversarial={json.dumps(spec)}", f"weights={json.dumps(weights)}"]
     return tiny_config(FSQ_SPEC, f"tokenizer={tokenizer_spec(quantizer)}", *overrides, *more)
@@ -65,10 +65,10 @@ def logged(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-MODEL, CRITIC_STATE = "module/model/", "module/objective/adversarial.critic."
+MODEL, DISCRIMINATOR_STATE = "module/model/", "module/objective/adversarial.discriminator."
 
 
-def test_until_the_critic_is_heard_the_tokenizer_trains_as_without(tmp_path) -> None:
+def test_until_the_discriminator_is_heard_the_tokenizer_trains_as_without(tmp_path) -> None:
     plain = train(tiny_config(), tmp_path / "plain", console=QUIET)
     later = gan(tmp_path / "later", start=9)
     warming = gan(tmp_path / "warming", start=1, warmup=9)
@@ -76,10 +76,10 @@ def test_until_the_critic_is_heard_the_tokenizer_trains_as_without(tmp_path) -> 
     assert same(part(later, MODEL), part(plain, MODEL))
     assert same(part(warming, MODEL), part(plain, MODEL))
     assert not same(part(heard, MODEL), part(plain, MODEL))
-    assert not part(later, "optimizer/critic/")
-    assert moved(part(warming, CRITIC_STATE), part(later, CRITIC_STATE))
-    assert logged(later)[-2]["train/critic"] == logged(later)[-2]["train/adversarial"] == 0
-    assert json.loads((heard / "run.json").read_text())["critic_from"] == 3
+    assert not part(later, "optimizer/discriminator/")
+    assert moved(part(warming, DISCRIMINATOR_STATE), part(later, DISCRIMINATOR_STATE))
+    assert logged(later)[-2]["train/discriminator"] == logged(later)[-2]["train/adversarial"] == 0
+    assert json.loads((heard / "run.json").read_text())["discriminator_from"] == 3
     assert [line["step"] for line in logged(heard) if "val/psnr" in line] == [3, 4]  # a look where it joins
     assert logged(heard)[-2].keys() >= {"train/adaptive_weight", "train/logits_real", "train/logits_fake"}
 
@@ -130,7 +130,7 @@ def test_half_precision(tmp_path, precision) -> None:
     assert 0 < logged(run)[-2]["train/adaptive_weight"] < 1e4
 
 
-@pytest.mark.parametrize("side", ["critic", "generator"])
+@pytest.mark.parametrize("side", ["discriminator", "generator"])
 def test_a_loss_of_either_player_that_is_not_finite_is_named_and_the_last_checkpoint_kept(
     tmp_path, monkeypatch, side
 ) -> None:
@@ -142,7 +142,7 @@ def test_a_loss_of_either_player_that_is_not_finite_is_named_and_the_last_checkp
         return getattr(loss, side)(*logits) * (float("nan") if calls == 3 else 1)
 
     monkeypatch.setitem(ADVERSARIAL_LOSSES, "hinge", loss._replace(**{side: failing}))
-    named = "adaptive_weight, adversarial, critic" if side == "critic" else "adaptive_weight, adversarial"
+    named = "adaptive_weight, adversarial, discriminator" if side == "discriminator" else "adaptive_weight, adversarial"
     with pytest.raises(TrainingError, match=f"loss term {named} was not finite at step 3;"):
         gan(tmp_path, start=0)
     assert all(v.isfinite().all() for v in state(tmp_path).values())
@@ -150,7 +150,7 @@ def test_a_loss_of_either_player_that_is_not_finite_is_named_and_the_last_checkp
 
 
 def objective_and_batch(**adversarial: Any) -> tuple[ReconstructionObjective, Any, Batch]:
-    objective = ReconstructionObjective(["mse"], adversarial=Adversarial(build(CRITIC), **adversarial))
+    objective = ReconstructionObjective(["mse"], adversarial=Adversarial(build(DISCRIMINATOR), **adversarial))
     labels = torch.zeros(4, dtype=torch.int64)
     return objective, build(tokenizer_spec(FSQ_SPEC, 3)), Batch(torch.rand(4, 3, 16, 16), labels, labels)
 
@@ -161,7 +161,7 @@ def test_one_forward_is_shared_and_every_turn_moves_its_own_player() -> None:
     model.register_forward_hook(lambda *_: calls.append(1))
     turns = objective.turns(model, batch, 0)
     player, terms = next(turns)
-    assert player == "critic"
+    assert player == "discriminator"
     torch.stack(list(terms.values())).sum().backward()
     assert all(p.grad is None for p in model.parameters())
     assert any(p.grad is not None for p in objective.parameters())
@@ -182,11 +182,11 @@ def test_warm_up_and_ramp() -> None:
 
 def test_lazy_r1_is_the_same_on_average() -> None:
     objective, model, batch = objective_and_batch(start=1, r1_every=3)
-    terms = [dict(objective.turns(model, batch, step))["critic"]["r1"] for step in range(1, 7)]
+    terms = [dict(objective.turns(model, batch, step))["discriminator"]["r1"] for step in range(1, 7)]
     assert [bool(t > 0) for t in terms] == [True, False, False] * 2
     every, *_ = objective_and_batch(r1_every=1)
     every.load_state_dict(objective.state_dict())
-    always = dict(every.turns(model, batch, 0))["critic"]["r1"]
+    always = dict(every.turns(model, batch, 0))["discriminator"]["r1"]
     torch.testing.assert_close(torch.stack(terms).mean(), always)
 
 
@@ -201,30 +201,30 @@ def test_the_adaptive_weight_follows_the_weights_of_the_recipe() -> None:
 
 
 def test_every_player_has_its_optimizer(tmp_path) -> None:
-    config = gan_config("optimizers={critic: {lr: 1e-9, betas: [0.5, 0.9]}}")
-    critic = config.optimizers["critic"]
-    assert (critic.lr, critic.betas, critic.final) == (1e-9, (0.5, 0.9), config.optimizer.final)
+    config = gan_config("optimizers={discriminator: {lr: 1e-9, betas: [0.5, 0.9]}}")
+    discriminator = config.optimizers["discriminator"]
+    assert (discriminator.lr, discriminator.betas, discriminator.final) == (1e-9, (0.5, 0.9), config.optimizer.final)
     still = train(config, tmp_path / "still", console=QUIET)
     start = gan(tmp_path / "start", "steps=2", start=9)
-    for name, tensor in part(start, CRITIC_STATE).items():
-        torch.testing.assert_close(part(still, CRITIC_STATE)[name], tensor, rtol=0, atol=1e-7)
+    for name, tensor in part(start, DISCRIMINATOR_STATE).items():
+        torch.testing.assert_close(part(still, DISCRIMINATOR_STATE)[name], tensor, rtol=0, atol=1e-7)
     assert not same(part(still, MODEL), part(start, MODEL))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optimizers={critic: {lrr: 1}}"], r"unknown key 'optimizers\.critic\.lrr'; nearest: lr"),
-        (["optimizers={critic: {lr: 0}}"], r"optimizers\.critic\.lr: .*greater than 0, got 0"),
+        (["optimizers={discriminator: {lrr: 1}}"], r"unknown key 'optimizers\.discriminator\.lrr'; nearest: lr"),
+        (["optimizers={discriminator: {lr: 0}}"], r"optimizers\.discriminator\.lr: .*greater than 0, got 0"),
         (
-            ["optimizers={critics: {lr: 1}}"],
-            "optimizers: no player 'critics'; nearest: critic; valid: critic, tokenizer",
+            ["optimizers={discriminators: {lr: 1}}"],
+            "optimizers: no player 'discriminators'; nearest: discriminator; valid: discriminator, tokenizer",
         ),
-        (["weights={mse: 1, l1: 0.2, critic: 1, r1: 1, lecam: 1}"], "no weight for the loss terms adversarial"),
+        (["weights={mse: 1, l1: 0.2, discriminator: 1, r1: 1, lecam: 1}"], "no weight for the loss terms adversarial"),
         (["objective.adversarial.r1_every=0"], "weights r1 name no loss term"),
         (["objective.adversarial.loss=wasserstein"], "unknown adversarial loss 'wasserstein'.*hinge, non_saturating"),
         (["objective.adversarial.start=-1"], "start must be >= 0 steps, got -1"),
-        (["objective.adversarial.critic={type: patch}"], "unknown type 'patch'; nearest: .*patch_critic"),
+        (["objective.adversarial.discriminator={type: patch}"], "unknown type 'patch'; nearest: .*patch_discriminator"),
         (["train_only=[decoder]"], "train_only freezes what is already trained: give init_from=RUN too"),
         (["init_from=nowhere"], r"init_from: nowhere holds no model\.safetensors"),
     ],
@@ -236,7 +236,7 @@ def test_what_cannot_be_trained_is_refused_with_what_could(tmp_path, overrides, 
 
 def test_a_decoder_without_a_last_layer_needs_a_fixed_weight(tmp_path) -> None:
     palette = ["tokenizer={type: palette, size: 4}", "objective.terms=[mse]"]
-    weights = "weights={mse: 1, codebook: 1, commitment: 0, critic: 1, r1: 1, lecam: 1, adversarial: 1}"
+    weights = "weights={mse: 1, codebook: 1, commitment: 0, discriminator: 1, r1: 1, lecam: 1, adversarial: 1}"
     with pytest.raises(ValueError, match=r"has no last_layer, so give adversarial\.adaptive=false"):
         gan(tmp_path / "a", *palette, weights)
     gan(tmp_path / "b", *palette, weights, "objective.adversarial.adaptive=false", "steps=1")
@@ -256,7 +256,7 @@ def test_a_perceptual_distance_trains_and_is_named_but_not_saved(tmp_path) -> No
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A run with a critic and a codebook that moves by running averages."""
+    """A run with a discriminator and a codebook that moves by running averages."""
     return gan(tmp_path_factory.mktemp("source") / "run", quantizer=VQ_SPEC, start=0)
 
 
@@ -308,16 +308,18 @@ def test_a_saved_spec_that_leaves_defaults_out_is_the_same_model(tmp_path, sourc
     gan(tmp_path / "run", f"init_from={old}", "steps=1", quantizer=VQ_SPEC)
 
 
-def test_a_gan_goes_on_with_its_critic(tmp_path, source) -> None:
+def test_a_gan_goes_on_with_its_discriminator(tmp_path, source) -> None:
     start = f"init_from={source}"
-    before = part(source, CRITIC_STATE)
+    before = part(source, DISCRIMINATOR_STATE)
     waiting = gan(tmp_path / "a", start, "steps=1", quantizer=VQ_SPEC, start=9)
-    assert same(part(waiting, CRITIC_STATE), before)
-    fresh = gan(tmp_path / "b", start, "steps=1", quantizer=VQ_SPEC, start=9, critic=CRITIC | {"width": 6})
-    assert part(fresh, CRITIC_STATE).keys() == before.keys()
-    saved = load(source).save_pretrained(tmp_path / "saved")  # a model without a run has no critic
+    assert same(part(waiting, DISCRIMINATOR_STATE), before)
+    fresh = gan(
+        tmp_path / "b", start, "steps=1", quantizer=VQ_SPEC, start=9, discriminator=DISCRIMINATOR | {"width": 6}
+    )
+    assert part(fresh, DISCRIMINATOR_STATE).keys() == before.keys()
+    saved = load(source).save_pretrained(tmp_path / "saved")  # a model without a run has no discriminator
     again = gan(tmp_path / "c", f"init_from={saved}", "steps=1", quantizer=VQ_SPEC, start=9)
-    assert not same(part(again, CRITIC_STATE), before)
+    assert not same(part(again, DISCRIMINATOR_STATE), before)
 
 
 def test_a_fine_tuned_run_resumes_without_its_source(tmp_path, monkeypatch, source) -> None:
@@ -333,20 +335,20 @@ def test_a_fine_tuned_run_resumes_without_its_source(tmp_path, monkeypatch, sour
     [
         (
             {500: 24.0, 1000: 25.5, 2000: 25.25},
-            "0.25 dB worse than before the critic moved the tokenizer (from step 1,000",
+            "0.25 dB worse than before the discriminator moved the tokenizer (from step 1,000",
         ),
         ({900: 24.0, 2000: 25.25}, "1.25 dB better than before .*: 24.00 dB at step 900, 25.25 dB at step 2,000"),
         ({1500: 24.0, 2000: 25.25}, "is not known from before step 1,000"),
         ({500: 24.0, 1000: 25.5}, None),
     ],
 )
-def test_the_report_says_what_the_critic_did_to_reconstructions(tmp_path, looks, said) -> None:
-    (tmp_path / "run.json").write_text('{"critic_from": 1000}')
+def test_the_report_says_what_the_discriminator_did_to_reconstructions(tmp_path, looks, said) -> None:
+    (tmp_path / "run.json").write_text('{"discriminator_from": 1000}')
     lines = [json.dumps({"step": step, "val/psnr": value}) + "\n" for step, value in looks.items()]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     page = write_report(tmp_path).read_text()
     if said is None:
-        assert "Since the critic joined" not in page
+        assert "Since the discriminator joined" not in page
     else:
         first, _, rest = said.partition(".*")
         assert first in page

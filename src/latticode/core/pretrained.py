@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from latticode.core import registry
+from latticode.core import registry, renamed
 from latticode.core.files import replacing, write_text
 
 WEIGHTS, SCHEMA = "model.safetensors", 1
@@ -42,19 +42,7 @@ def read_spec(folder: Path) -> registry.Spec:
     metadata = read_metadata(path)
     if metadata.get("schema") != SCHEMA or "spec" not in metadata:
         raise ValueError(f"{path} has schema {metadata.get('schema')!r}, this version of latticode reads {SCHEMA}")
-    return _renamed(metadata["spec"])
-
-
-def _renamed(value: Any) -> Any:
-    """A spec with the names of today: of VQ, `online` became one value of `upkeep`."""
-    if isinstance(value, list):
-        return [_renamed(inner) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    spec = {key: _renamed(inner) for key, inner in value.items()}
-    if spec.get("type") == "vq" and "online" in spec:
-        spec["upkeep"] = "online" if spec.pop("online") else "restart"
-    return spec
+    return renamed.spec(metadata["spec"])
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from latticode.core import renamed
+
 Spec = dict[str, Any]
 
 TABLE: dict[str, str | type[nn.Module]] = {
@@ -70,12 +72,12 @@ TABLE: dict[str, str | type[nn.Module]] = {
     "bpe": "latticode.priors.text:BPE",
     "text_encoder": "latticode.priors.text:TextEncoder",
     "t5": "latticode.priors.text:T5Text",
-    # critics and perceptual distances
-    "patch_critic": "latticode.nn.critic:PatchCritic",
-    "stylegan_critic": "latticode.nn.critic:StyleGANCritic",
-    "critics": "latticode.nn.critic_audio:Critics",
-    "period_critic": "latticode.nn.critic_audio:PeriodCritic",
-    "spectrum_critic": "latticode.nn.critic_audio:SpectrumCritic",
+    # discriminators and perceptual distances
+    "patch_discriminator": "latticode.nn.discriminator:PatchDiscriminator",
+    "stylegan_discriminator": "latticode.nn.discriminator:StyleGANDiscriminator",
+    "multi_discriminator": "latticode.nn.discriminator_audio:MultiDiscriminator",
+    "period_discriminator": "latticode.nn.discriminator_audio:PeriodDiscriminator",
+    "stft_discriminator": "latticode.nn.discriminator_audio:STFTDiscriminator",
     "lpips": "latticode.losses.perceptual:LPIPS",
     "features": "latticode.losses.perceptual:FeatureDistance",
     # objectives
@@ -101,7 +103,8 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def resolve(name: Any) -> type[nn.Module]:
-    """The class behind a type name. Raises SpecError for a name that is not in the table."""
+    """The class behind a type name, old ones included. Raises SpecError for a name that is not in the table."""
+    name = renamed.TYPES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in TABLE:
         raise SpecError(f"unknown type {name!r}{nearest(str(name), TABLE)}")
     entry = TABLE[name]
@@ -119,7 +122,7 @@ def parameters_of(cls: type) -> dict[str, inspect.Parameter]:
 
 def check(spec: Mapping[str, Any], path: str = "") -> None:
     """Raise SpecError if `spec`, or a spec inside it, names an unknown type or key or lacks a required one."""
-    here = path or "spec"
+    spec, here = renamed.spec(spec), path or "spec"
     if "type" not in spec:
         raise SpecError(f"{here} needs a 'type'; valid: {', '.join(sorted(TABLE))}")
     try:
@@ -146,7 +149,7 @@ def build(spec: Mapping[str, Any]) -> Any:
     constructor raises for bad values.
     """
     check(spec)
-    return _build(spec)
+    return _build(renamed.spec(spec))
 
 
 def _build(value: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from latticode.core import renamed
 from latticode.core.pretrained import load_tensors, read_metadata, save_tensors
 
 STATE = Path("training") / "state.safetensors"
@@ -41,6 +42,12 @@ def saved_step(folder: Path) -> int:
     return read_metadata(folder / STATE)["step"] if (folder / STATE).exists() else 0
 
 
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and metadata of the training state in `folder`, under the names of today."""
+    tensors, metadata = load_tensors(folder / STATE)
+    return {renamed.state_key(key): tensor for key, tensor in tensors.items()}, metadata
+
+
 def load_state(
     folder: Path,
     modules: Mapping[str, nn.Module],
@@ -48,7 +55,7 @@ def load_state(
     average: dict[str, Tensor],
 ) -> dict[str, Any]:
     """Read what `save_state` wrote into the given objects, strictly, and return the metadata."""
-    tensors, metadata = load_tensors(folder / STATE)
+    tensors, metadata = read_state(folder)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

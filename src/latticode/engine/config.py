@@ -24,7 +24,7 @@ from pydantic import (
     ValidationError,
 )
 
-from latticode.core import registry
+from latticode.core import registry, renamed
 from latticode.core.mappings import differences
 from latticode.core.registry import SpecError, nearest
 from latticode.data import AudioPreprocess, DensePreprocess, Preparation, Preprocess, VideoPreprocess
@@ -173,9 +173,11 @@ class RunConfig(_Section):
     weights: dict[str, Weight] = Field(description="of the loss terms; a ramp (engine/schedules.py) for one that moves")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     optimizers: dict[str, OptimizerConfig] = Field(
-        default_factory=dict, description="by player, e.g. critic, where it differs from `optimizer`"
+        default_factory=dict, description="by player, e.g. discriminator, where it differs from `optimizer`"
     )
-    init_from: str | None = Field(default=None, description="run whose weights, and critic, training starts from")
+    init_from: str | None = Field(
+        default=None, description="run whose weights, and discriminator, training starts from"
+    )
     init_parts: dict[str, str] = Field(
         default_factory=dict, description="part of the model: RUN, or RUN:PART, whose weights it starts from"
     )
@@ -241,6 +243,7 @@ def recipe_names() -> list[str]:
 
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The content of a shipped recipe by name, or of a YAML file by path."""
+    recipe = renamed.RECIPES.get(recipe, recipe)
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -284,6 +287,7 @@ def override(content: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, 
 
 def validate(content: Mapping[str, Any]) -> RunConfig:
     """The run that `content` describes. Raises ConfigError naming every wrong key with the nearest valid ones."""
+    content = renamed.recipe(content)
     if content.get("prior") is not None and not isinstance(content.get("tokenizer"), str):
         raise ConfigError("a prior needs a trained tokenizer: give tokenizer=FOLDER of its run")
     if content.get("train_only") and not content.get("init_from"):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from latticode.core import registry
 from latticode.core.mappings import differences
-from latticode.core.pretrained import load_model, load_tensors
-from latticode.engine.checkpoint import STATE
+from latticode.core.pretrained import load_model
+from latticode.engine.checkpoint import STATE, read_state
 from latticode.engine.config import ConfigError, RunConfig
 
 
@@ -34,16 +34,16 @@ def start_from(
     if differ := differences(registry.spec_of(source), registry.spec_of(model), free=free):
         raise ConfigError(f"init_from={run} holds another model: {differ}")
     model.load_state_dict(source.state_dict())
-    saved = load_tensors(run / STATE)[0] if (run / STATE).is_file() else {}
+    saved = read_state(run)[0] if (run / STATE).is_file() else {}
     paths = {module: path for path, module in objective.named_modules()}
     return {name: _restore(module, saved, paths[module]) for name, module in players.items() if module is not model}
 
 
 def trained_objective(run: Path, config: RunConfig) -> Any:
-    """The objective of `run` in eval mode, with what it has trained of its own, e.g. a head or a critic."""
+    """The objective of `run` in eval mode, with what it has trained of its own, e.g. a head or a discriminator."""
     objective = registry.build(config.objective)
     prefix = "module/objective/"
-    saved = load_tensors(run / STATE)[0]
+    saved = read_state(run)[0]
     objective.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
     return objective.eval()
 

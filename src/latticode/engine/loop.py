@@ -277,7 +277,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
                         monitor.log(done, {**train_means, "lr": rate, **moving, **pace})
             else:
                 advance(done)
-            if monitor and (done in (config.steps, objective.critic_from) or done % config.picture_every == 0):
+            if monitor and (done in (config.steps, objective.discriminator_from) or done % config.picture_every == 0):
                 look(done)
             if final or done % config.save_every == 0:
                 save(done)

@@ -1,4 +1,8 @@
-"""Losses of a critic and of what it judges. Logits are high for real images; every loss is a mean over all of them."""
+"""Adversarial (GAN) losses of a discriminator and of a generator, R1 and LeCam regularization, VQGAN's adaptive weight.
+
+Logits are high for real images; every loss is a mean over all of them. D is the discriminator, x a real image and x' a
+generated one, here a reconstruction.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,20 @@ SCALE = 2.0**12  # of losses before their gradients are compared: half precision
 
 
 class AdversarialLoss(NamedTuple):
-    critic: Callable[[Tensor, Tensor], Tensor]  # of the logits of real and of reconstructed images
+    """The two sides of a GAN's loss, both to be minimized.
+
+    Examples:
+        >>> real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0])
+        >>> hinge = ADVERSARIAL_LOSSES["hinge"]
+        >>> float(hinge.discriminator(real, fake)), float(hinge.generator(fake))
+        (1.25, 1.0)
+    """
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]  # of the logits of real and of reconstructed images
     generator: Callable[[Tensor], Tensor]  # of the logits of reconstructed images
 
 
-def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     """E max(0, 1 - D(x)) + E max(0, 1 + D(x')) (Lim & Ye 2017, arXiv 1705.02894, eq. 13)."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
@@ -29,19 +42,19 @@ def hinge_generator(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def non_saturating_critic(real: Tensor, fake: Tensor) -> Tensor:
+def non_saturating_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     """-E ln s(D(x)) - E ln(1 - s(D(x'))), s the logistic function (Goodfellow et al. 2014, arXiv 1406.2661, eq. 1)."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def non_saturating_generator(fake: Tensor) -> Tensor:
-    """-E ln s(D(x'))."""
+    """-E ln s(D(x')), s the logistic function."""
     return F.softplus(-fake).mean()
 
 
 ADVERSARIAL_LOSSES = {
-    "hinge": AdversarialLoss(hinge_critic, hinge_generator),
-    "non_saturating": AdversarialLoss(non_saturating_critic, non_saturating_generator),
+    "hinge": AdversarialLoss(hinge_discriminator, hinge_generator),
+    "non_saturating": AdversarialLoss(non_saturating_discriminator, non_saturating_generator),
 }
 
 
@@ -57,10 +70,14 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """E max(0, D(x) - m_fake)^2 + E max(0, m_real - D(x'))^2 with running means m of the critic's logits.
+    """LeCam regularization: E max(0, D(x) - m_fake)^2 + E max(0, m_real - D(x'))^2, m running means of the logits.
 
     Tseng et al. 2021, arXiv 2104.03310, eq. 3, with the authors' rectifiers: only logits that are further apart than
-    the means are drawn together. The means run over all ranks; their decay ramps up as (1 + t) / (10 + t).
+    the means are drawn together. The means run over all ranks; their decay rises as (1 + t) / (10 + t) to `decay`.
+
+    Examples:
+        >>> float(LeCam()(torch.tensor([2.0]), torch.tensor([-1.0])))  # (2 + 1)^2 + (2 + 1)^2
+        18.0
     """
 
     real: Tensor

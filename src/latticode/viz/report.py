@@ -19,6 +19,7 @@ from typing import Any
 import jinja2
 
 from latticode.core.files import write_text
+from latticode.core.renamed import FACTS, METRICS, renamed
 from latticode.viz import figures
 from latticode.viz.figures import Picture, embed, readable, thumbnail
 
@@ -60,7 +61,7 @@ LABELS = {
     "label_accuracy_real": "Real images recognized as their label, %",
     "samples_per_second": "Samples per second",
     "seconds": "Time",
-    "critic_from": "Critic moves the tokenizer from step",
+    "discriminator_from": "Discriminator moves the tokenizer from step",
     "count": "Examples",
 }
 PERCENTAGES = {"usage", "code_accuracy", "label_accuracy", "label_accuracy_shuffled", "label_accuracy_real"}
@@ -96,7 +97,7 @@ def write_report(run_folder: Path) -> Path:
     """
     if not run_folder.is_dir():
         raise FileNotFoundError(f"no run folder {run_folder}")
-    run = _read_object(run_folder / "run.json")
+    run = renamed(_read_object(run_folder / "run.json"), FACTS)
     title = str(run.pop("title", None) or run_folder.resolve().name)
     path = run_folder / "report.html"
     write_page(path, title, run_sections(run_folder), facts=run)
@@ -114,7 +115,8 @@ def run_sections(run_folder: Path) -> list[Section]:
     if probe := _read_object(run_folder / "probe.json"):
         sections.append(_probe_section(probe))
     if lines := read_metrics(run_folder / "metrics.jsonl"):
-        sections += _critic_sections(lines, _read_object(run_folder / "run.json").get("critic_from"))
+        facts = renamed(_read_object(run_folder / "run.json"), FACTS)
+        sections += _discriminator_sections(lines, facts.get("discriminator_from"))
         sections.append(_curves_section(lines))
     if (config := run_folder / "config.yaml").is_file():
         sections.append(Section("Configuration", folded=config.read_text(encoding="utf-8"), id="configuration"))
@@ -252,27 +254,28 @@ def _curves_section(lines: Mapping[str, figures.Series]) -> Section:
     return Section("Training", pictures=pictures)
 
 
-def _critic_sections(lines: Mapping[str, figures.Series], critic_from: Any) -> Iterator[Section]:
-    """What became of the reconstructions once a critic moved the tokenizer, in a sentence with the numbers."""
+def _discriminator_sections(lines: Mapping[str, figures.Series], discriminator_from: Any) -> Iterator[Section]:
+    """What became of the reconstructions once a discriminator moved the tokenizer, in a sentence with the numbers."""
     looks = list(zip(*lines.get("val/psnr", ((), ())), strict=True))
-    if not _is_number(critic_from) or not looks or looks[-1][0] <= critic_from:
+    if not _is_number(discriminator_from) or not looks or looks[-1][0] <= discriminator_from:
         return
     last, after = looks[-1]
-    earlier = [(step, value) for step, value in looks if step <= critic_from]
+    earlier = [(step, value) for step, value in looks if step <= discriminator_from]
     if not earlier:
         text = (
             f"PSNR of the watched held-out images was {after:.2f} dB at step {last:,.0f}. It is not known from before "
-            f"step {critic_from:,}, from which on the critic moved the tokenizer, so its effect is not known either."
+            f"step {discriminator_from:,}, from which on the discriminator moved the tokenizer, so its effect is not "
+            "known either."
         )
     else:
         step, before = earlier[-1]
         verdict = "worse" if after < before else "better"
         text = (
-            f"By PSNR, reconstructions are {abs(after - before):.2f} dB {verdict} than before the critic moved the "
-            f"tokenizer (from step {critic_from:,} on): {before:.2f} dB at step {step:,.0f}, {after:.2f} dB at step "
-            f"{last:,.0f}, on the watched held-out images."
+            f"By PSNR, reconstructions are {abs(after - before):.2f} dB {verdict} than before the discriminator moved "
+            f"the tokenizer (from step {discriminator_from:,} on): {before:.2f} dB at step {step:,.0f}, {after:.2f} dB "
+            f"at step {last:,.0f}, on the watched held-out images."
         )
-    yield Section("Since the critic joined", text)
+    yield Section("Since the discriminator joined", text)
 
 
 def _is_schedule(name: str) -> bool:
@@ -295,7 +298,7 @@ def read_metrics(path: Path) -> dict[str, figures.Series]:
                 continue
             if not isinstance(record, dict) or not _is_number(record.get("step")):
                 continue
-            for name, value in record.items():
+            for name, value in renamed(record, METRICS).items():
                 if name != "step" and _is_number(value) and math.isfinite(value):
                     seen.setdefault(name, {})[record["step"]] = float(value)
     return {name: (sorted(points), [points[step] for step in sorted(points)]) for name, points in seen.items()}

@@ -1,4 +1,8 @@
-"""Critics of sound: networks that tell recordings from reconstructions, (B, C, T) to logits, high for real."""
+"""Discriminators of audio: waveforms (B, C, T) to logits, high for recordings and low for reconstructions.
+
+`PeriodDiscriminator` (HiFi-GAN) and `STFTDiscriminator` (DAC) each see one period or one window. Several of them in a
+`MultiDiscriminator` are what the papers call the multi-period and the multi-resolution discriminator.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +18,45 @@ SLOPE = 0.1  # of every leaky ReLU
 BANDS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # borders, as shares of the spectrum
 
 
-class Critics(nn.Module):
-    """Several critics as one: (B, N) with N the most logits that one of them gives a recording.
+class MultiDiscriminator(nn.Module):
+    """Several discriminators as one: (B, N) with N the most logits that one of them gives a recording.
 
-    Where one gives fewer, its logits are repeated, so that in a mean over all of them every critic counts the same.
+    Where one gives fewer, its logits are repeated, so that in a mean over all logits every discriminator counts the
+    same. Raises ValueError for an empty list.
+
+    Examples:
+        >>> periods = [PeriodDiscriminator(period=p, width=2) for p in (2, 3, 5)]  # HiFi-GAN's multi-period one
+        >>> logits = MultiDiscriminator(periods)(torch.zeros(2, 1, 600))
+        >>> len(logits), logits.ndim
+        (2, 2)
     """
 
-    def __init__(self, critics: Sequence[nn.Module]):
+    def __init__(self, discriminators: Sequence[nn.Module]):
         super().__init__()
-        if not critics:
-            raise ValueError("critics must be one or more, got none")
-        self.critics = nn.ModuleList(critics)
+        if not discriminators:
+            raise ValueError("discriminators must be one or more, got none")
+        self.discriminators = nn.ModuleList(discriminators)
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        logits = [critic(waveforms).flatten(1) for critic in self.critics]
+        logits = [discriminator(waveforms).flatten(1) for discriminator in self.discriminators]
         most = max(x.shape[1] for x in logits)
         return torch.cat([F.interpolate(x[:, None], most)[:, 0] for x in logits], 1)
 
 
-class PeriodCritic(nn.Module):
+class PeriodDiscriminator(nn.Module):
     """Logits (B, 1, n, period) of samples that lie whole periods apart (HiFi-GAN, Kong et al. 2020, arXiv 2010.05646,
     2.3): the waveform as rows of `period` samples, convolved along the columns.
 
     Args:
         channels: of the waveforms.
-        period: in samples; several critics with prime periods share few samples. Published: 2, 3, 5, 7 and 11.
+        period: in samples; several discriminators with prime periods share few samples. Published: 2, 3, 5, 7 and 11.
         width: channels of the first layer; the others have 4, 16, 32 and 32 times as many.
+
+    Raises ValueError for settings below 1; calling it, for waveforms of other channels or shorter than a period.
+
+    Examples:
+        >>> PeriodDiscriminator(period=5, width=2)(torch.zeros(2, 1, 600)).shape
+        torch.Size([2, 1, 2, 5])
     """
 
     def __init__(self, channels: int = 1, period: int = 2, width: int = 32):
@@ -56,14 +73,21 @@ class PeriodCritic(nn.Module):
         return self.main(F.pad(waveforms, (0, missing), mode="reflect").unflatten(-1, (-1, self.period)))
 
 
-class SpectrumCritic(nn.Module):
-    """Logits (B, 1, frames, n) of the complex spectrum, of each of its BANDS by layers of its own (Kumar et al. 2023,
-    arXiv 2306.06546, section 3.4).
+class STFTDiscriminator(nn.Module):
+    """Logits (B, 1, frames, n) of the complex spectrogram, each of its BANDS seen by layers of its own.
+
+    DAC's multi-band STFT discriminator at one resolution (Kumar et al. 2023, arXiv 2306.06546, section 3.4).
 
     Args:
         channels: of the waveforms; real and imaginary parts make two of each.
         window: of the Hann window in samples; the hop is a quarter. Published at 44.1 kHz: 512, 1024 and 2048.
         width: channels of every layer.
+
+    Raises ValueError for settings that are out of range; calling it, for waveforms of other channels.
+
+    Examples:
+        >>> STFTDiscriminator(window=64, width=4)(torch.zeros(2, 1, 256)).shape
+        torch.Size([2, 1, 17, 6])
     """
 
     def __init__(self, channels: int = 1, window: int = 1024, width: int = 32):

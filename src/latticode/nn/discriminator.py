@@ -1,4 +1,8 @@
-"""Critics: networks that tell real images from reconstructions, (B, C, H, W) to logits, high for real."""
+"""Discriminators of images: (B, C, H, W) to logits, high for real images and low for reconstructions.
+
+`PatchDiscriminator` (pix2pix, VQGAN) judges every patch, `StyleGANDiscriminator` the whole image. Their losses are in
+`latticode.losses.adversarial`; `latticode.engine.objectives.Adversarial` trains one beside a tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ NORMS = ("group", "batch", "spectral", "none")
 SLOPE = 0.2  # of every leaky ReLU
 
 
-class PatchCritic(nn.Module):
+class PatchDiscriminator(nn.Module):
     """A logit for every patch of (B, channels, H, W): (B, 1, h, w) (pix2pix, Isola et al. 2017, arXiv 1611.07004, 3.2).
 
     `layers` 4x4 convolutions of stride 2, two of stride 1. A logit sees 16, 34, 70 or 142 px at 1, 2, 3 or 4 layers. An
@@ -26,9 +30,16 @@ class PatchCritic(nn.Module):
         channels: of the images.
         width: channels of the first layer; every later one doubles them, up to 8 `width`.
         layers: of stride 2.
-        norm: "group"; "batch", with which names and shapes are those of the published VQGAN critic; "spectral", which
-            bounds the slope of every convolution (Miyato et al. 2018, arXiv 1802.05957); or "none".
+        norm: "group"; "batch", with which names and shapes are those of the published VQGAN's; "spectral", which bounds
+            the slope of every convolution (Miyato et al. 2018, arXiv 1802.05957); or "none".
         groups: of the group normalisation.
+
+    Raises ValueError for settings that are out of range; calling it, for images of other channels.
+
+    Examples:
+        >>> discriminator = PatchDiscriminator(channels=3, width=8, layers=2)
+        >>> discriminator(torch.zeros(2, 3, 32, 32)).shape  # a logit for each patch
+        torch.Size([2, 1, 6, 6])
     """
 
     def __init__(self, channels: int = 3, width: int = 64, layers: int = 3, norm: str = "group", groups: int = 8):
@@ -71,19 +82,26 @@ class PatchCritic(nn.Module):
         return self.main(channels_last(images))
 
 
-class StyleGANCritic(nn.Module):
+class StyleGANDiscriminator(nn.Module):
     """One logit per image, (B, 1): residual blocks with blurred pooling (Karras et al. 2020, arXiv 1912.04958).
 
     Every block halves the resolution; what they leave is averaged to 4x4 (at 16 * 2^n px and n + 2 blocks it is 4x4
-    already, as in the paper). The deviation within groups of images tells a critic of a collapse that single images do
-    not show (Karras et al. 2018, arXiv 1710.10196, 3). As in the critic of MaskGIT and MAGVIT, weights start at their
-    scale instead of being scaled at run time.
+    already, as in the paper). The standard deviation within small groups of images (minibatch standard deviation,
+    Karras et al. 2018, arXiv 1710.10196, 3) shows a mode collapse that no single image shows. As in the discriminator
+    of MaskGIT and MAGVIT, weights start at their scale instead of being scaled at run time.
 
     Args:
         channels: of the images.
         width: channels before the first block.
         multipliers: block i has width * multipliers[i] channels.
         group: the most images that share a deviation; of 1, it is 0 always.
+
+    Raises ValueError for settings that are out of range; calling it, for images of other channels or below the size.
+
+    Examples:
+        >>> discriminator = StyleGANDiscriminator(channels=3, width=8, multipliers=[2, 4])
+        >>> discriminator(torch.zeros(2, 3, 16, 16)).shape  # one logit for each image
+        torch.Size([2, 1])
     """
 
     def __init__(self, channels: int = 3, width: int = 64, multipliers: Sequence[int] = (2, 4, 4, 4), group: int = 4):
