@@ -71,7 +71,7 @@ TASKS = {
         {"RMSE, m": ("rmse", 3), "absRel": ("abs_rel", 3), "delta < 1.25": ("delta1", 3)},
     ),
     "camvid": Task("camvid", "semantic: 1.0, instance: 1.0", {"PQ": ("pq", 3), "SQ": ("sq", 3), "RQ": ("rq", 3)}),
-    "colour": Task(
+    "colorization": Task(
         "scenes64",
         "mse: 1.0",
         {"FID": ("fid_classifier", 2), "PSNR": ("psnr", 2), "colourfulness": ("colourfulness", 1)},

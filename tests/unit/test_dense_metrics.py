@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latticode.core.values import to_float
 from latticode.dense.tasks import Colorization, Depth, Panoptic
-from latticode.metrics.dense import ColourMetrics, DepthMetrics, PanopticMetrics, colourfulness
+from latticode.metrics.dense import ColorizationMetrics, DepthMetrics, PanopticMetrics, colourfulness
 from latticode.viz.pictures import grid_image, segment_colours, with_legend
 
 NAMES = ["sky", "road", "car"]
@@ -118,7 +118,7 @@ def test_colourfulness_by_hand():
 def test_perfect_colours():
     torch.manual_seed(0)
     inputs = torch.randint(256, (3, 3, 12, 12), dtype=torch.int32)
-    metrics = ColourMetrics(Colorization().label)
+    metrics = ColorizationMetrics(Colorization().label)
     metrics.update(to_float(inputs), inputs)
     scores = metrics.compute()
     assert scores["psnr"] == 100

@@ -1,4 +1,8 @@
-"""Images, recordings and clips from anywhere, as batches; and tokens, the same way."""
+"""Data: images, audio and video from any source as batches, and token datasets the same way.
+
+`open_source` opens what a user names, a `Preparation` turns its records into arrays, a `Loader` makes batches. A
+`TokenWriter` writes a token dataset, a `TokenDataset` reads it, a `TokenLoader` makes batches of it.
+"""
 
 from latticode.data.clips import VideoPreprocess
 from latticode.data.dense import DensePreprocess

@@ -55,7 +55,30 @@ class Segments:
 
 class PanopticSource(Source):
     """Classes are numbered by category id from 0; `void`, the number after the last, stands for pixels of no segment
-    and for crowds. Instances of things are numbered from 1, stuff has none."""
+    and for crowds. Instances of things are numbered from 1, stuff has none.
+
+    Examples:
+        >>> from io import BytesIO
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> content = {
+        ...     "images": [{"id": 1, "file_name": "a.png"}],
+        ...     "categories": [{"id": 7, "name": "cat", "isthing": 1}],
+        ...     "annotations": [
+        ...         {"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 5, "category_id": 7}]}
+        ...     ],
+        ... }
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "panoptic_train.json"
+        ...     _ = file.write_text(json.dumps(content))
+        ...     for part in ("train", "panoptic_train"):  # photographs, and PNGs of segments
+        ...         (Path(folder) / part).mkdir()
+        ...         Image.new("RGB", (4, 4), (5, 0, 0)).save(Path(folder) / part / "a.png")
+        ...     source = PanopticSource("pets", [file])
+        ...     record = source[0]
+        >>> source.categories, int(record.maps["sem.png"]().max()), int(record.maps["inst.png"]().max())
+        (('cat',), 0, 1)
+    """
 
     classes = ()
 

@@ -1,4 +1,4 @@
-"""Records to rows of values, remembering what was decoded and what cannot be."""
+"""Decoding of records to arrays, with a cache of what was decoded and a list of what cannot be."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ class Decoder:
     gather. Where training takes windows at random, what was decoded is kept instead, as much as fits.
 
     A record that cannot be read or decoded gives None and is noted in `skipped`, name -> reason.
+
+    Examples:
+        >>> from latticode.data import Preprocess, open_source
+        >>> digits = open_source("embedded:digits")
+        >>> settings = {"seed": 0, "windows": False, "caches": True}
+        >>> decoder = Decoder(digits, Preprocess(size=16, channels=1), len(digits), **settings)
+        >>> row = decoder.row(0)
+        >>> row.values.shape, row.values.dtype, decoder.skipped
+        ((1, 16, 16), dtype('uint8'), {})
     """
 
     def __init__(self, source: Source, preprocess: Preparation, length: int, *, seed: int, windows: bool, caches: bool):

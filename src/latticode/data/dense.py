@@ -1,4 +1,4 @@
-"""Photographs with label maps: depth, classes, instances. One array, so that all of it is cut and mirrored together."""
+"""Photographs with label maps (depth, classes, instances) as one array, which is cropped and mirrored as one."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ class DensePreprocess(Preparation):
     random share of the picture within `area` and a random aspect (width / height, its logarithm uniform) within
     `aspect`, and squashes it; else it is 'squash'. `resize` is for photographs, maps take the nearest pixel. `largest`
     is the largest number that each map may hold, where that is to be checked.
+
+    Raises ValueError for settings that are unknown or out of range.
+
+    Examples:
+        >>> from latticode.data import Loader, open_source
+        >>> preprocess = DensePreprocess(size=(32, 48), maps=["depth.png"])
+        >>> shapes = open_source("embedded:shapes", medium=preprocess.medium)
+        >>> next(Loader(shapes, preprocess, batch_size=2).batches()).inputs.shape  # RGB and a map
+        torch.Size([2, 4, 32, 48])
     """
 
     medium = DENSE

@@ -1,4 +1,4 @@
-"""Images that ship inside the scikit-learn and scikit-image wheels, and what is made up: no download, ever."""
+"""Embedded data sets (`embedded:NAME`): images inside scikit-learn and scikit-image, and synthetic ones; offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of files of one kind, and single files."""
+"""Folders of images, audio files or clips, and single files, as sources."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ class FileSource(Source):
 
     `captioned` are those with captions in a file beside them: photo.jpg in photo.txt, one per line. `maps` are the
     endings of files beside them with label maps, which may be missing.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "cat.png").write_bytes(b"...")
+        ...     _ = (Path(folder) / "cat.txt").write_text("a cat on a mat")
+        ...     source = FileSource("cats", Path(folder), ["cat.png"], [-1], (), captioned={"cat.png"})
+        ...     source[0].content, source[0].texts
+        (b'...', ('a cat on a mat',))
     """
 
     def __init__(

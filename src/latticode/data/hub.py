@@ -24,7 +24,15 @@ from latticode.data.records import (
 
 
 class HubSource(Source):
-    """A downloaded dataset, its splits one after another."""
+    """A downloaded dataset, its splits one after another.
+
+    Examples:
+        >>> import datasets
+        >>> rows = {"image": [b"...", b"..."], "label": [0, 1], "caption": ["a cat", "a dog"]}
+        >>> source = HubSource("hub:me/pets", {"train": datasets.Dataset.from_dict(rows)})
+        >>> len(source), source[1].label, source[1].texts
+        (2, 1, ('a dog',))
+    """
 
     def __init__(self, name: str, splits: dict[str, Any], medium: Medium = IMAGE):
         import datasets
@@ -54,7 +62,16 @@ class HubSource(Source):
 
 
 class HubStream(StreamSource):
-    """A dataset read over the network as it is used; split by position where it has no test split."""
+    """A dataset read over the network as it is used; split by position where it has no test split.
+
+    Examples:
+        >>> import datasets
+        >>> rows = {"image": [b"...", b"..."], "label": [0, 1]}
+        >>> stream = datasets.Dataset.from_dict(rows).to_iterable_dataset()
+        >>> source = HubStream("hub:me/pets?streaming", {"train": stream}, split="all", holdout=0.1)
+        >>> [(position, record.label) for position, record in source.records()]
+        [(0, 0), (1, 1)]
+    """
 
     def __init__(self, name: str, splits: dict[str, Any], split: str, holdout: float, medium: Medium = IMAGE):
         import datasets

@@ -1,4 +1,4 @@
-"""Batches of examples and of tokens: deterministic, resumable at any step, sharded, read ahead by threads."""
+"""Loaders: batches of examples and of tokens, deterministic, resumable at any step, sharded, prefetched by threads."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ class Loader:
         augment: False leaves out random windows and flips in `batches` too.
 
     A record that cannot be read is noted in `skipped` (name -> reason). Small sources are decoded once, see `Decoder`.
+
+    Examples:
+        >>> from latticode.data import Preprocess, open_source
+        >>> digits = open_source("embedded:digits")
+        >>> loader = Loader(digits, Preprocess(size=16, channels=1), batch_size=4)
+        >>> batch = next(loader.batches())
+        >>> batch.inputs.shape, batch.labels.shape
+        (torch.Size([4, 1, 16, 16]), torch.Size([4]))
+        >>> sum(len(batch.inputs) for batch in loader.epoch()) == len(loader)
+        True
     """
 
     def __init__(
@@ -183,7 +193,20 @@ class Loader:
 
 
 class TokenLoader:
-    """Batches of a token dataset, in the order that `Loader` would take."""
+    """Batches of a token dataset, in the order that `Loader` would take.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> from latticode.data.tokens import TokenWriter
+        >>> codes = torch.zeros(2, 4, 4, 1, dtype=torch.int64)  # (B, *grid, K)
+        >>> about = {"tokenizer": {"type": "mine"}, "tokenizer_hash": "1f3a", "preprocess": {}}
+        >>> with TemporaryDirectory() as folder:
+        ...     with TokenWriter(folder, vocab=[16], **about) as writer:
+        ...         writer.write(codes, torch.tensor([3, 5]), names=["a", "b"], sizes=[(32, 32)] * 2)
+        ...     batch = next(TokenLoader(TokenDataset(folder), batch_size=2).batches())
+        >>> batch.codes.shape, sorted(batch.labels.tolist())
+        (torch.Size([2, 4, 4, 1]), [3, 5])
+    """
 
     def __init__(self, tokens: TokenDataset, batch_size: int, *, seed: int = 0, rank: int = 0, world: int = 1):
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""In which order records are used: the one place that both loaders take it from."""
+"""The order of records, for both loaders: shuffling by epoch, sharding over ranks, prefetching by threads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ class IndexStream:
     The global batch t is `batch_size * world` consecutive entries of that stream and rank r holds the r-th part of it,
     so a batch is a pure function of (seed, t): resuming at t costs nothing, and the ranks' batches in rank order are
     the batch of one process.
+
+    Examples:
+        >>> stream = IndexStream(count=5, batch_size=2, seed=0)
+        >>> epochs, indices = zip(*(stream.batch(t) for t in range(5)))  # two epochs of five records
+        >>> np.concatenate(epochs).tolist()
+        [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+        >>> sorted(np.concatenate(indices)[:5].tolist())
+        [0, 1, 2, 3, 4]
     """
 
     def __init__(self, count: int, batch_size: int, *, seed: int = 0, rank: int = 0, world: int = 1):

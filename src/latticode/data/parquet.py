@@ -22,6 +22,16 @@ class ParquetSource(Source):
     """Rows of parquet files, read by row group; the row groups used last stay in memory up to CACHE_BYTES.
 
     Files beyond that are best read in order: a shuffled pass over them reads a row group per record.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> import pyarrow as pa, pyarrow.parquet as pq
+        >>> table = pa.table({"image": [b"...", b"..."], "label": [0, 1], "caption": ["a cat", "a dog"]})
+        >>> with TemporaryDirectory() as folder:
+        ...     pq.write_table(table, Path(folder) / "train.parquet")
+        ...     source = ParquetSource("pets", [Path(folder) / "train.parquet"])
+        ...     len(source), source[1].label, source[1].texts
+        (2, 1, ('a dog',))
     """
 
     def __init__(self, name: str, files: list[Path], medium: Medium = IMAGE):

@@ -1,4 +1,4 @@
-"""What a source of images, recordings or clips is, and how one without named splits is split."""
+"""Sources and their records: images, recordings or clips, and the train and test split of a source without one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ MAX_CLASSES = 1_000_000  # a larger integer in a label column is an identifier, 
 
 @dataclass(frozen=True)
 class Record:
-    """One image, recording or clip as its source stores it; a `Preparation` decodes it."""
+    """One image, recording or clip as its source stores it; a `Preparation` decodes it.
+
+    Examples:
+        >>> record = Record(np.zeros((8, 8), np.uint8), label=3, name="zeros/0", texts=("a black square",))
+        >>> record.label, record.texts
+        (3, ('a black square',))
+    """
 
     content: Image.Image | bytes | np.ndarray | tuple[bytes, ...]  # an encoded file; (H, W[, C]); files of frames
     label: int  # -1 = none
@@ -32,7 +38,23 @@ class Record:
 
 
 class Source(ABC):
-    """An ordered, random-access collection of records. Reading is safe from several threads."""
+    """An ordered, random-access collection of records. Reading is safe from several threads.
+
+    Examples:
+        A source of your own is three methods:
+
+        >>> class Noise(Source):
+        ...     name, classes = "noise", ()
+        ...     def __len__(self):
+        ...         return 10
+        ...     def __getitem__(self, i):
+        ...         return Record(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8), -1, self.name_of(i))
+        ...     def name_of(self, i):
+        ...         return f"noise/{i}"
+        >>> from latticode.data import Loader, Preprocess
+        >>> next(Loader(Noise(), Preprocess(size=8, channels=1), batch_size=4).batches()).inputs.shape
+        torch.Size([4, 1, 8, 8])
+    """
 
     name: str  # what the user typed
     classes: tuple[str, ...]  # names by label; empty = unlabelled
@@ -49,7 +71,18 @@ class Source(ABC):
 
 
 class StreamSource(Source):
-    """A source that can only be read from its start: no length, no random access."""
+    """A source that can only be read from its start: no length, no random access.
+
+    Examples:
+        >>> class Endless(StreamSource):
+        ...     name, classes = "endless", ()
+        ...     def records(self):
+        ...         for i in range(100):
+        ...             yield i, Record(np.full((8, 8), i, np.uint8), -1, self.name_of(i))
+        >>> from latticode.data import Loader, Preprocess
+        >>> next(Loader(Endless(), Preprocess(size=8, channels=1), batch_size=4).batches()).inputs.shape
+        torch.Size([4, 1, 8, 8])
+    """
 
     @abstractmethod
     def records(self) -> Iterator[tuple[int, Record]]:
@@ -66,7 +99,14 @@ class StreamSource(Source):
 
 
 class Subset(Source):
-    """Some records of another source, in the given order."""
+    """Some records of another source, in the given order.
+
+    Examples:
+        >>> source = ArraySource("zeros", np.zeros((3, 8, 8), np.uint8), None, (), ["a", "b", "c"])
+        >>> part = Subset(source, np.array([2, 0]))
+        >>> [part.name_of(i) for i in range(len(part))]
+        ['c', 'a']
+    """
 
     def __init__(self, base: Source, indices: np.ndarray):
         self.base, self.indices = base, indices
@@ -83,7 +123,14 @@ class Subset(Source):
 
 
 class ArraySource(Source):
-    """Images that lie in memory: (N, H, W) or (N, H, W, C) uint8, labels (N,) or None."""
+    """Images that lie in memory: (N, H, W) or (N, H, W, C) uint8, labels (N,) or None.
+
+    Examples:
+        >>> images = np.zeros((3, 8, 8), np.uint8)
+        >>> source = ArraySource("zeros", images, np.array([0, 1, 0]), ("cat", "dog"), ["a", "b", "c"])
+        >>> len(source), source[1].label, source[1].name
+        (3, 1, 'b')
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""`open_source`: from what the user types to a `Source`."""
+"""`open_source`: from what a user names (folder, file, pattern, hub:, embedded:) to a `Source`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def open_source(source: str, split: str = "train", *, holdout: float = 0.1, medi
     A source with splits of its own keeps them. Any other is split by a hash of each record's name, a fraction `holdout`
     going to test. Raises ValueError for an unknown form, a path that does not exist, a source or split without any,
     and damaged files.
+
+    Examples:
+        >>> train, test = (open_source("embedded:digits", split) for split in ("train", "test"))
+        >>> len(train) + len(test), len(train.classes)
+        (1797, 10)
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")

@@ -1,4 +1,4 @@
-"""Small made-up sets, the same on every machine: for trying sound, video and dense tasks out, and for tests."""
+"""Synthetic data sets, the same on every machine: to try audio, video and dense tasks, and for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from latticode.data.waveforms import encode_wav
 
 
 class Tones(Source):
-    """Synthetic vowels at 8 kHz: five vowels at 48 pitches, labelled by vowel."""
+    """Synthetic vowels at 8 kHz: five vowels at 48 pitches, labelled by vowel.
+
+    Examples:
+        >>> tones = Tones("tones")
+        >>> len(tones), tones.classes, tones[0].name
+        (240, ('i', 'e', 'a', 'o', 'u'), 'tones/i-00')
+    """
 
     # The first two formants in Hz of i, e, a, o, u (Peterson and Barney 1952, men, rounded)
     FORMANTS: ClassVar = {"i": (270, 2290), "e": (530, 1840), "a": (730, 1090), "o": (570, 840), "u": (300, 870)}
@@ -38,7 +44,14 @@ class Tones(Source):
 
 
 class MovingDigits(Source):
-    """Clips of 12 frames, 32x32: a handwritten digit of 16x16 that flies straight and bounces off the border."""
+    """Clips of 12 frames, 32x32: a handwritten digit of 16x16 that flies straight and bounces off the border.
+
+    Examples:
+        >>> digits = ArraySource("digits", np.full((1, 8, 8), 255, np.uint8), np.array([7]), ("0",) * 10, ["seven"])
+        >>> clip = MovingDigits("moving", digits)[0]
+        >>> clip.content.shape, clip.frames, clip.label  # the frames side by side
+        ((32, 384), 12, 7)
+    """
 
     FRAMES, SIDE = 12, 32
 
@@ -67,6 +80,11 @@ class Shapes(Source):
 
     Label maps: "depth.png" in millimetres (0 = not measured), "sem.png" (`NAMES` in this order) and "inst.png" (0 =
     none). At the rims of things nothing is measured, and the class is `VOID`: sensors and annotators are unsure there.
+
+    Examples:
+        >>> room = Shapes("shapes")[0]
+        >>> room.content.shape, sorted(room.maps)
+        ((64, 64, 3), ['depth.png', 'inst.png', 'sem.png'])
     """
 
     NAMES, VOID = ("floor", "wall", "ball", "box"), 4

@@ -42,6 +42,16 @@ class TokenWriter:
 
     Raises ValueError if the folder already holds tokens and `resume` is False, or if what it holds was written with
     another tokenizer, vocab, preprocessing or classes.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> codes = torch.zeros(2, 4, 4, 1, dtype=torch.int64)  # (B, *grid, K)
+        >>> about = {"tokenizer": {"type": "mine"}, "tokenizer_hash": "1f3a", "preprocess": {}}
+        >>> with TemporaryDirectory() as folder:
+        ...     with TokenWriter(folder, vocab=[16], **about) as writer:
+        ...         writer.write(codes, torch.tensor([3, 5]), names=["a", "b"], sizes=[(32, 32)] * 2)
+        ...     writer.written, len(TokenDataset(folder))
+        (2, 2)
     """
 
     def __init__(
@@ -79,7 +89,7 @@ class TokenWriter:
         self._codes: list[np.ndarray] = []  # one (*grid, K) per record of the unfinished shard
         self._labels: list[int] = []
         self._lines: list[str] = []
-        self._told = False  # whether one of them has captions
+        self._captioned = False  # whether one of them has captions
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).exists():
             if not resume:
@@ -110,14 +120,16 @@ class TokenWriter:
         array = codes.detach().cpu().numpy()
         check_codes(array, self.vocab, "the tokenizer")
         array = array.astype(self._dtype)
-        for row, label, name, size, told in zip(array, labels.tolist(), names, sizes, texts, strict=True):
+        for row, label, name, size, captions in zip(array, labels.tolist(), names, sizes, texts, strict=True):
             if self._codes and self._codes[0].shape != row.shape and not self.ragged:
                 self._finish_shard()
             self._codes.append(row)
             self._labels.append(int(label))
             line: dict[str, Any] = {"name": name, "size": [int(n) for n in size]}
-            line |= ({"grid": list(row.shape[:-1])} if self.ragged else {}) | ({"texts": list(told)} if told else {})
-            self._told |= bool(told)
+            line |= ({"grid": list(row.shape[:-1])} if self.ragged else {}) | (
+                {"texts": list(captions)} if captions else {}
+            )
+            self._captioned |= bool(captions)
             self._lines.append(json.dumps(line))
             if len(self._codes) == self.shard_size:
                 self._finish_shard()
@@ -169,10 +181,10 @@ class TokenWriter:
             files[kind] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         grid, count = None if self.ragged else list(codes.shape[1:-1]), len(labels)
         shard = {"count": count, "grid": grid, "dtype": codes.dtype.name, "files": files}
-        self.manifest["shards"].append(shard | ({"texts": True} if self._told else {}))
+        self.manifest["shards"].append(shard | ({"texts": True} if self._captioned else {}))
         self.manifest["count"] += count
         self._save_manifest()
-        self._codes, self._labels, self._lines, self._told = [], [], [], False
+        self._codes, self._labels, self._lines, self._captioned = [], [], [], False
 
     def _save_manifest(self) -> None:
         write_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
@@ -183,6 +195,17 @@ class TokenDataset:
 
     Raises ValueError for an unknown schema, an unfinished or damaged dataset (`verify` also compares checksums), and if
     `expect_hash` is not the hash of the tokenizer that made it; `expect_spec` is for that message.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> codes = torch.zeros(2, 4, 4, 1, dtype=torch.int64)  # (B, *grid, K)
+        >>> about = {"tokenizer": {"type": "mine"}, "tokenizer_hash": "1f3a", "preprocess": {}}
+        >>> with TemporaryDirectory() as folder:
+        ...     with TokenWriter(folder, vocab=[16], **about) as writer:
+        ...         writer.write(codes, torch.tensor([3, 5]), names=["a", "b"], sizes=[(32, 32)] * 2)
+        ...     tokens = TokenDataset(folder, expect_hash="1f3a", verify=True)
+        ...     len(tokens), tokens.codes([1]).shape, tokens[1][1], tokens.name(1), tokens.size(1)
+        (2, torch.Size([1, 4, 4, 1]), 5, 'b', (32, 32))
     """
 
     def __init__(

@@ -26,7 +26,21 @@ class Member:
 
 
 class TarSource(Source):
-    """The samples of several shards, indexed once by their headers and read by offset."""
+    """The samples of several shards, indexed once by their headers and read by offset.
+
+    Examples:
+        >>> from io import BytesIO
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with tarfile.open(Path(folder) / "train-0.tar", "w") as tar:
+        ...         for name, content in (("0.jpg", b"..."), ("0.cls", b"3"), ("0.txt", b"a cat")):
+        ...             info = tarfile.TarInfo(name)
+        ...             info.size = len(content)
+        ...             tar.addfile(info, BytesIO(content))
+        ...     source = TarSource("pets", [Path(folder) / "train-0.tar"])
+        ...     len(source), source[0].label, source[0].texts
+        (1, 3, ('a cat',))
+    """
 
     def __init__(self, name: str, files: list[Path], medium: Medium = IMAGE):
         self.name, self.files = name, files

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.core.values import to_float, to_uint8
-from latticode.metrics.dense import ClassMetrics, ColourMetrics, DepthMetrics, PanopticMetrics
+from latticode.metrics.dense import ClassMetrics, ColorizationMetrics, DepthMetrics, PanopticMetrics
 from latticode.viz.pictures import ramp_colours, segment_colours
 
 IGNORED = -1  # the target of a pixel without a label
@@ -241,7 +241,7 @@ class Panoptic(PixelClasses):
 
 
 class Colorization(Task):
-    """Colours for a grey photograph. The label is the photograph itself, so examples have no label maps."""
+    """Colorization of a grey photograph. The label is the photograph itself, so examples have no label maps."""
 
     maps, classes, channels = 0, (), 3
 
@@ -261,8 +261,8 @@ class Colorization(Task):
         """(B, 3, H, W) RGB in [-1, 1]."""
         return output.clamp(-1, 1)
 
-    def metrics(self) -> ColourMetrics:
-        return ColourMetrics(self.label)
+    def metrics(self) -> ColorizationMetrics:
+        return ColorizationMetrics(self.label)
 
     def picture(self, prediction: Tensor) -> Tensor:
         return to_uint8(prediction)

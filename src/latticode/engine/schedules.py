@@ -1,6 +1,7 @@
-"""Numbers that move while a run trains: a ramp may stand where a recipe has a weight or a number of the model.
+"""Schedules of loss weights and of a model's numbers: a ramp may stand where a recipe has either of them.
 
-A ramp is a pure function of the step, so a resumed run needs no memory of it.
+So a KL weight warms up or a temperature is annealed. A ramp is a pure function of the step, so a resumed run needs no
+memory of it. The learning rate's own schedule is in `latticode.engine.loop.learning_rate`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ class Ramp(BaseModel):
     """`{from: a, to: b, steps: n, shape: linear}`: a at step 0, b at step n and from then on; or along half a cosine.
 
     Without `steps` it takes the whole run.
+
+    Examples:
+        >>> ramp = Ramp.model_validate({"from": 0.0, "to": 1.0, "steps": 10})
+        >>> [ramp.at(step, steps=100) for step in (0, 5, 10, 50)]
+        [0.0, 0.5, 1.0, 1.0]
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -125,6 +131,14 @@ class Schedules:
         weights: numbers and ramps.
         model: its class keeps its arguments as attributes, as all of the registry do.
         steps: of the run.
+
+    Examples:
+        >>> ramp = {"from": 0.0, "to": 1.0}
+        >>> ramps = {"weights.kl": Ramp.model_validate(ramp)}
+        >>> schedules = Schedules(ramps, weights={"mse": 1.0, "kl": ramp}, model=nn.Identity(), steps=100)
+        >>> values = schedules.set(step=25)
+        >>> schedules.weights
+        {'mse': 1.0, 'kl': 0.25}
     """
 
     def __init__(self, ramps: Mapping[str, Ramp], weights: Mapping[str, Any], model: nn.Module, steps: int):

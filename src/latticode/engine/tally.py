@@ -1,4 +1,4 @@
-"""Means of the loss terms between two logs, and which of them went wrong first."""
+"""Means of the loss terms between two lines of the log, and which term was the first that was not finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,20 @@ class TrainingStoppedError(TrainingError):
 
 
 class Tally:
-    """Sums terms on their device; the numbers are fetched, and looked at, only when means are asked for."""
+    """Sums terms on their device; the numbers are fetched, and looked at, only when means are asked for.
+
+    Examples:
+        >>> tally = Tally()
+        >>> for step, loss in enumerate([1.0, 3.0], 1):
+        ...     tally.add({"mse": torch.tensor(loss)}, step, share=1.0)
+        ...     tally.steps += 1
+        >>> tally.means()
+        {'mse': 2.0}
+        >>> tally.add({"mse": torch.tensor(float("nan"))}, step=3, share=1.0)
+        >>> tally.means()  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        latticode.engine.tally.TrainingError: loss term mse was not finite at step 3; ...
+    """
 
     def __init__(self) -> None:
         self.clear()

@@ -1,4 +1,7 @@
-"""Perceptual distances: how differently a frozen network sees two images, (B, C, H, W) in [-1, 1], to a scalar mean.
+"""Perceptual losses: the distance of two images in the features of a frozen network.
+
+Images are (B, C, H, W) in [-1, 1], the loss is a scalar mean. `LPIPS` has weights that were fitted to human judgements,
+`FeatureDistance` a classifier trained here.
 
 The networks are constants of the loss: they are no parameters, always in eval mode, and no part of a saved state.
 """
@@ -33,7 +36,21 @@ def constant(network: nn.Module) -> nn.Module:
 
 
 class Perceptual(nn.Module, ABC):
-    """`forward(output, target)` is the distance; `name` says whose eyes it is, `kind` shortly: lpips or classifier."""
+    """A perceptual loss: `forward(output, target)` is the distance.
+
+    `name` is the network's, for reports; `kind` is short: lpips or classifier.
+
+    Examples:
+        A network gives feature maps, the distance follows:
+
+        >>> class Pixels(Perceptual):
+        ...     name = kind = "pixels"
+        ...     def stages(self, images):
+        ...         return [images]
+        >>> images = torch.ones(1, 3, 8, 8)
+        >>> float(Pixels()(images, images)), round(float(Pixels()(-images, images)), 3)
+        (0.0, 4.0)
+    """
 
     name: str
     kind: str
@@ -66,6 +83,18 @@ class FeatureDistance(Perceptual):
 
     Args:
         run: the folder of the classifier's run.
+
+    Raises ValueError for a run of another model; calling it, for images of other channels.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> from latticode.metrics import Classifier
+        >>> images = torch.rand(2, 3, 32, 32) * 2 - 1
+        >>> with TemporaryDirectory() as folder:
+        ...     run = Classifier(classes=10, channels=3, width=4).save_pretrained(folder)
+        ...     perceptual = FeatureDistance(str(run))
+        >>> float(perceptual(images, images)), bool(perceptual(0 * images, images) > 0)
+        (0.0, True)
     """
 
     kind = "classifier"
@@ -94,7 +123,9 @@ class FeatureDistance(Perceptual):
 
 
 class LPIPS(Perceptual):
-    """LPIPS 0.1 on VGG16 (Zhang et al. 2018, arXiv 1801.03924, eq. 1): weights fitted to what people see as different.
+    """The perceptual loss LPIPS 0.1 on VGG16 (Zhang et al. 2018, arXiv 1801.03924, eq. 1).
+
+    Its weights were fitted to what people see as different.
 
     Grey images are shown in three equal channels.
 
@@ -104,6 +135,12 @@ class LPIPS(Perceptual):
             keeps it. Files are .safetensors or .pth; nothing is downloaded.
 
     Raises ValueError, saying what to get and where to put it, for a file that is not there or does not fit.
+
+    Examples:
+        >>> try:
+        ...     distance = LPIPS()(torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64))
+        ... except ValueError as error:  # where the weights are not on this machine
+        ...     assert "get https://" in str(error)
     """
 
     shift: Tensor

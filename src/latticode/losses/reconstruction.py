@@ -1,4 +1,7 @@
-"""Pixel losses by name: (output, target), both (B, C, H, W) in [-1, 1], to a scalar mean over everything."""
+"""Reconstruction losses on pixels, by name.
+
+(output, target), both (B, C, H, W) in [-1, 1], to a scalar mean over everything.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics: pixels (PSNR, SSIM), sound, clips, codes (usage, perplexity), features (Fréchet distance)."""
+"""Metrics: pixels (PSNR, SSIM), audio, video, codes (usage, dead codes, perplexity), features (rFID, gFID), dense."""
 
 from latticode.metrics.audio import AudioMetrics
 from latticode.metrics.classifier import Classifier

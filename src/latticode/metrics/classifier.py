@@ -1,4 +1,4 @@
-"""A small image classifier: the labelled set's own feature network, and the judge of class-conditional samples."""
+"""A small image classifier: the feature network of classifier-FID, and of the label accuracy of samples."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ class Classifier(Pretrained):
 
     The stem halves the resolution at once and every later block works on at most a sixteenth of the pixels, so the cost
     is about 7 million multiply-adds per 32x32 image at the default width. Any size from 8 px on is accepted.
+
+    Examples:
+        >>> import torch
+        >>> classifier = Classifier(classes=10, channels=3, width=4)
+        >>> images = torch.zeros(2, 3, 32, 32)
+        >>> classifier(images).shape, classifier.features(images).shape
+        (torch.Size([2, 10]), torch.Size([2, 16]))
     """
 
     def __init__(self, classes: int, channels: int = 1, width: int = 32):

@@ -1,4 +1,7 @@
-"""Statistics of codes: usage, perplexity, entropy, histograms of FSQ levels."""
+"""Statistics of codes: codebook usage, dead codes, perplexity, entropy, histograms of FSQ levels.
+
+Codebook collapse shows here: a usage far below 1 and a perplexity far below the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,13 @@ class CodeStatistics:
     """Streaming counts of the codes (..., K) of a tokenizer, slot by slot, on the CPU.
 
     A slot of more than DENSE codes stores only those seen, so memory follows the data and not the vocabulary.
+
+    Examples:
+        >>> statistics = CodeStatistics(vocab=[4])
+        >>> statistics.update(torch.tensor([[[0], [1]], [[1], [0]]]))  # (B, positions, K)
+        >>> scores = statistics.compute()
+        >>> scores["usage"], scores["dead"], scores["perplexity"], scores["entropy_bits"]
+        (0.5, 2, 2.0, 1.0)
     """
 
     def __init__(self, vocab: Sequence[int]):
@@ -80,10 +90,10 @@ class CodeStatistics:
     def compute(self) -> dict[str, Any]:
         """Numbers over everything seen, and the same for each slot under `slots`.
 
-        usage: fraction of the codewords that appear at least once (all slots together);
+        usage: codebook usage, the fraction of the codewords that appear at least once (all slots together);
         entropy_bits: of the empirical distribution, per position: the sum over slots;
         perplexity: 2^entropy of a slot, the geometric mean over slots;
-        dead: codewords that never appear; positions, invalid: positions with a code in every slot, and the others.
+        dead: dead codes, which never appear; positions, invalid: positions with a code in every slot, and the others.
         Raises ValueError when no valid code was counted.
         """
         if not self.positions:
@@ -115,7 +125,12 @@ class CodeStatistics:
 
 
 def entropy_bits(counts: Tensor) -> float:
-    """-sum p log2 p of the empirical distribution p = counts / sum(counts); zero counts allowed."""
+    """-sum p log2 p of the empirical distribution p = counts / sum(counts); zero counts allowed.
+
+    Examples:
+        >>> entropy_bits(torch.tensor([5, 5, 5, 5, 0]))
+        2.0
+    """
     p = counts[counts > 0].double()
     p = p / p.sum()
     return max(0.0, float(-(p * p.log2()).sum()))

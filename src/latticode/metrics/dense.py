@@ -1,7 +1,7 @@
-"""What predictions of dense tasks are scored on: depth, panoptic segments, colours, classes of pixels.
+"""Metrics of dense tasks: depth estimation, panoptic segmentation, colorization, classes of pixels.
 
 Each is made with `truth`, a function from examples (B, 3 + maps, H, W) to what a perfect prediction would be, at the
-size that examples have: `latticode.dense.tasks` knows it.
+size that examples have: `latticode.dense.tasks` has them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ class DepthMetrics:
 
     Every number is taken for each image and then averaged over images (as UViM's RMSE); an image without such a pixel
     is left out. `truth`: (B, 1, H, W) metres, 0 where not measured.
+
+    Examples:
+        >>> metrics = DepthMetrics(truth=lambda inputs: inputs[:, 3:] / 1000)  # a label map in millimetres
+        >>> inputs = torch.full((2, 4, 8, 8), 2000)
+        >>> metrics.update(torch.full((2, 1, 8, 8), 2.5), inputs)
+        >>> scores = metrics.compute()
+        >>> scores["rmse"], scores["abs_rel"], scores["delta1"], scores["count"]
+        (0.5, 0.25, 0.0, 2)
     """
 
     shown = ("rmse", "abs_rel", "delta1")
@@ -75,6 +83,14 @@ class PanopticMetrics:
         truth: from examples to true classes and instances.
         names: of the classes 0 .. C - 1.
         things: numbers of those that have instances.
+
+    Examples:
+        >>> metrics = PanopticMetrics(lambda inputs: inputs[:, 3:], names=["floor", "ball"], things=[1])
+        >>> inputs = torch.zeros(1, 5, 8, 8, dtype=torch.int64)
+        >>> inputs[:, 3:, :4] = 1  # the upper half is ball number 1
+        >>> metrics.update(inputs[:, 3:], inputs)
+        >>> metrics.compute()["pq"]
+        1.0
     """
 
     shown = ("pq", "sq", "rq")
@@ -135,8 +151,19 @@ class PanopticMetrics:
         }
 
 
-class ColourMetrics:
-    """PSNR against the true colours, and how colourful predictions and originals are; RGB (B, 3, H, W) in [-1, 1]."""
+class ColorizationMetrics:
+    """Of colorization: PSNR against the true colours, and the colourfulness of predictions and originals.
+
+    RGB (B, 3, H, W) in [-1, 1].
+
+    Examples:
+        >>> metrics = ColorizationMetrics(truth=lambda inputs: inputs)
+        >>> photographs = torch.rand(2, 3, 16, 16) * 2 - 1
+        >>> metrics.update(photographs.mean(1, keepdim=True).expand(-1, 3, -1, -1), photographs)  # predicted grey
+        >>> scores = metrics.compute()
+        >>> scores["colourfulness"], scores["colourfulness_real"] > 50
+        (0.0, True)
+    """
 
     shown = ("psnr", "colourfulness")
     protocol: ClassVar = {
@@ -170,7 +197,16 @@ class ColourMetrics:
 
 
 class ClassMetrics:
-    """The share of pixels that are predicted as a perfect model would; `known` (B, 1, H, W) bool says which count."""
+    """The share of pixels that are predicted as a perfect model would; `known` (B, 1, H, W) bool says which count.
+
+    Examples:
+        >>> metrics = ClassMetrics(truth=lambda inputs: inputs[:, 3:], known=lambda inputs: inputs[:, 3:] < 255)
+        >>> inputs = torch.zeros(1, 4, 2, 2, dtype=torch.int64)
+        >>> inputs[0, 3] = torch.tensor([[0, 1], [1, 255]])  # 255: no label
+        >>> metrics.update(torch.ones(1, 1, 2, 2, dtype=torch.int64), inputs)
+        >>> round(metrics.compute()["accuracy"], 3)
+        0.667
+    """
 
     shown = ("accuracy",)
     protocol: ClassVar = {"accuracy": "share of all pixels with a label whose prediction is right"}
@@ -193,8 +229,8 @@ class ClassMetrics:
 
 
 def colourfulness(images: Tensor) -> Tensor:
-    """M3 (B,) float64 of uint8 RGB (B, 3, H, W), 0 of grey: deviation and mean of the opponent colours R - G and
-    (R + G) / 2 - B (Hasler & Suesstrunk 2003)."""
+    """Colourfulness M3 (B,) float64 of uint8 RGB (B, 3, H, W), 0 of grey: deviation and mean of the opponent colours
+    R - G and (R + G) / 2 - B (Hasler & Suesstrunk 2003, Measuring colourfulness in natural images)."""
     red, green, blue = images.double().flatten(2).unbind(1)
     opponent = torch.stack([red - green, (red + green) / 2 - blue])  # (2, B, H W)
     spread, centre = opponent.var(-1, correction=0).sum(0).sqrt(), opponent.mean(-1).square().sum(0).sqrt()

@@ -22,6 +22,10 @@ class PositionNorm(nn.LayerNorm):
     """(B, C, H, W): every position by the mean and deviation of its own C channels, then a scale and shift per channel.
 
     A group normalisation looks at the whole image; with this one an output depends on its receptive field alone.
+
+    Examples:
+        >>> PositionNorm(8)(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(self, channels: int):
@@ -40,7 +44,12 @@ def normalisation(name: str, groups: int) -> Norm:
 
 
 class ResnetBlock(nn.Module):
-    """(B, in, H, W) -> (B, out, H, W): twice norm, SiLU, 3x3 convolution; a 1x1 shortcut where the widths differ."""
+    """(B, in, H, W) -> (B, out, H, W): twice norm, SiLU, 3x3 convolution; a 1x1 shortcut where the widths differ.
+
+    Examples:
+        >>> ResnetBlock(8, 16, normalisation("group", groups=4))(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 16, 4, 4])
+    """
 
     def __init__(self, in_channels: int, out_channels: int, norm: Norm):
         super().__init__()
@@ -58,7 +67,12 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over the positions of (B, C, H, W), with a residual connection."""
+    """Single-head self-attention over the positions of (B, C, H, W), with a residual connection.
+
+    Examples:
+        >>> AttentionBlock(8, normalisation("group", groups=4))(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+    """
 
     def __init__(self, channels: int, norm: Norm):
         super().__init__()
@@ -76,7 +90,12 @@ class AttentionBlock(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention if asked, residual block, at the lowest resolution."""
+    """Residual block, attention if asked, residual block, at the lowest resolution.
+
+    Examples:
+        >>> Middle(8, normalisation("group", groups=4), attention=True)(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+    """
 
     def __init__(self, channels: int, norm: Norm, attention: bool):
         super().__init__()
@@ -89,7 +108,12 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve H and W by a 3x3 convolution of stride 2, padded right and below as in the published checkpoints."""
+    """Halve H and W by a 3x3 convolution of stride 2, padded right and below as in the published checkpoints.
+
+    Examples:
+        >>> Downsample(8)(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 2, 2])
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -100,7 +124,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double H and W by nearest neighbour, then a 3x3 convolution."""
+    """Double H and W by nearest neighbour, then a 3x3 convolution.
+
+    Examples:
+        >>> Upsample(8)(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 8, 8])
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -111,7 +140,14 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention where asked, then the change of resolution if any."""
+    """The blocks of one resolution, each followed by attention where asked, then the change of resolution if any.
+
+    Examples:
+        >>> norm = normalisation("group", groups=4)
+        >>> level = Level([8, 16, 16], norm, attention=False, resample="downsample", module=Downsample(16))
+        >>> level(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 16, 2, 2])
+    """
 
     def __init__(self, widths: list[int], norm: Norm, attention: bool, resample: str, module: nn.Module | None):
         super().__init__()
