@@ -72,7 +72,7 @@ TABLE: dict[str, str | type[nn.Module]] = {
     "bpe": "latticode.priors.text:BPE",
     "text_encoder": "latticode.priors.text:TextEncoder",
     "t5": "latticode.priors.text:T5Text",
-    # discriminators and perceptual distances
+    # discriminators and perceptual losses
     "patch_discriminator": "latticode.nn.discriminator:PatchDiscriminator",
     "stylegan_discriminator": "latticode.nn.discriminator:StyleGANDiscriminator",
     "multi_discriminator": "latticode.nn.discriminator_audio:MultiDiscriminator",

@@ -14,11 +14,11 @@ class TrainingError(RuntimeError):
 
 
 class TrainingStoppedError(TrainingError):
-    """Training that was told to stop, and can go on from its last checkpoint."""
+    """Training that was interrupted and can be resumed from its last checkpoint."""
 
 
 class Tally:
-    """Sums terms on their device; the numbers are fetched, and looked at, only when means are asked for.
+    """Sums loss terms on their device; numbers are fetched from it only for the means.
 
     Examples:
         >>> tally = Tally()
