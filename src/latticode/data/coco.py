@@ -21,7 +21,13 @@ SEMANTIC, INSTANCE = "sem.png", "inst.png"  # the label maps that the format hol
 
 
 class Annotation(NamedTuple):
-    """A picture, the PNG of its segments, and what they are."""
+    """A picture, the PNG of its segments, and what they are.
+
+    Examples:
+        >>> one = Annotation("val/a", Path("val/a.jpg"), Path("panoptic_val/a.png"), {5: (0, 1)})
+        >>> one.segments[5]  # class 0, instance 1
+        (0, 1)
+    """
 
     name: str
     photo: Path
@@ -30,7 +36,17 @@ class Annotation(NamedTuple):
 
 
 class Segments:
-    """The PNG of a picture, decoded when one of its maps is asked for."""
+    """The PNG of a picture, decoded when one of its maps is asked for.
+
+    Examples:
+        >>> from io import BytesIO
+        >>> from PIL import Image
+        >>> file = BytesIO()
+        >>> Image.new("RGB", (2, 1), (5, 0, 0)).save(file, "PNG")  # every pixel is of segment 5
+        >>> segments = Segments(file.getvalue(), {5: (3, 1)}, void=9)
+        >>> segments.labels(0).tolist(), segments.labels(1).tolist()
+        ([[3, 3]], [[1, 1]])
+    """
 
     def __init__(self, file: bytes, segments: dict[int, tuple[int, int]], void: int):
         self.file, self.known = file, dict(sorted({0: (void, 0), **segments}.items()))

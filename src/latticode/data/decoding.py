@@ -18,6 +18,13 @@ _NEW, _CACHED, _UNREADABLE = 0, 1, 2
 
 
 class Row(NamedTuple):
+    """One decoded example.
+
+    Examples:
+        >>> Row(np.zeros((1, 8, 8), np.uint8), label=3, position=0).texts
+        ()
+    """
+
     values: np.ndarray  # (C, *size), of the preparation's type
     label: int
     position: int  # in the source

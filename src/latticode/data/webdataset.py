@@ -15,7 +15,13 @@ from latticode.data.records import Record, Source, captions, number_labels, sele
 @dataclass(frozen=True)
 class Member:
     """Where a record lies: `size` bytes at `offset` of shard `shard`, as `frames` side by side if it is a strip; its
-    captions ("txt") and label maps are the (bytes, offset) of `parts`."""
+    captions ("txt") and label maps are the (bytes, offset) of `parts`.
+
+    Examples:
+        >>> member = Member(shard=0, offset=512, size=100, name="train-0/cat", frames=0, parts={"txt": (8, 1536)})
+        >>> member.parts["txt"]
+        (8, 1536)
+    """
 
     shard: int
     offset: int
