@@ -1,7 +1,7 @@
 """Discriminators of images: (B, C, H, W) to logits, high for real images and low for reconstructions.
 
-`PatchDiscriminator` (pix2pix, VQGAN) has a logit for every patch, `StyleGANDiscriminator` one for the image. Their losses
-are in `latticode.losses.adversarial`; `latticode.engine.objectives.Adversarial` trains one beside a tokenizer.
+`PatchDiscriminator` (pix2pix, VQGAN) has a logit for every patch, `StyleGANDiscriminator` one for the image. Their
+losses are in `latticode.losses.adversarial`; `latticode.engine.objectives.Adversarial` trains one beside a tokenizer.
 """
 
 from __future__ import annotations
