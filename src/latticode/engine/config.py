@@ -243,8 +243,8 @@ def recipe_names() -> list[str]:
 
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The content of a shipped recipe by name, or of a YAML file by path."""
-    recipe = renamed.RECIPES.get(recipe, recipe)
     path = Path(recipe)
+    recipe = renamed.RECIPES.get(recipe, recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"no recipe file {recipe}; shipped recipes: {', '.join(recipe_names())}")
