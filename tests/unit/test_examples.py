@@ -18,7 +18,8 @@ SOURCES = {
 }
 WITH_EXAMPLES = sorted(name for name, path in SOURCES.items() if ">>> " in path.read_text(encoding="utf-8"))
 ROOMS = (  # whose public classes all have an example; exceptions aside
-    *("latticode.losses", "latticode.metrics", "latticode.nn.conv", "latticode.nn.discriminator"),
+    *("latticode.losses", "latticode.nn.conv", "latticode.nn.discriminator"),
+    *(f"latticode.metrics.{name}" for name in ("audio", "classifier", "codes", "dense", "features", "pixels", "video")),
     *("latticode.engine.objectives", "latticode.engine.schedules", "latticode.engine.tally"),
     *(
         f"latticode.data.{name}"

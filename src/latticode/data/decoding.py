@@ -119,6 +119,7 @@ class Decoder:
         return Row(self.preprocess.arrange(loaded, rng), record.label, index, record.texts)
 
     def nothing_readable(self) -> ValueError:
+        """The error that names the first record of a source none of which can be read."""
         name, reason = next(iter(self.skipped.items()))
         noun = self.preprocess.medium.noun
         return ValueError(f"no {noun} of {self.source.name!r} can be read; the first, {name}: {reason}")

@@ -61,6 +61,7 @@ class IndexStream:
 
 
 def chunks(indices: range, size: int) -> Iterator[np.ndarray]:
+    """`indices` in runs of `size` (int64); the last is shorter."""
     for start in range(0, len(indices), size):
         yield np.asarray(indices[start : start + size], dtype=np.int64)
 

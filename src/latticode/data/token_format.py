@@ -44,6 +44,7 @@ def check_codes(codes: np.ndarray, vocab: Sequence[int], origin: str) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a token dataset. Raises ValueError for none, another schema, and missing keys."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -61,5 +62,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -264,6 +264,7 @@ class TokenDataset:
         return grids.pop()
 
     def grid_of(self, i: int) -> tuple[int, ...]:
+        """The grid of record `i`."""
         grid = self._grids[self._shard(i)]
         return tuple(self._line(i)["grid"]) if grid is None else grid
 
@@ -304,6 +305,7 @@ class TokenDataset:
         return tuple(self._texts(shard)[i - self._starts[shard]] for shard, i in places)
 
     def name(self, i: int) -> str:
+        """The name of record `i` in its source."""
         return self._line(i)["name"]
 
     def size(self, i: int) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ class Tally:
         self.clear()
 
     def clear(self) -> None:
+        """Forget what was counted."""
         self.steps = 0
         self._sums: dict[str, Tensor] = {}
         self._wrong: dict[str, Tensor] = {}  # the first step at which a term was not finite, or infinity

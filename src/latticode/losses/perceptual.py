@@ -73,6 +73,7 @@ class Perceptual(nn.Module, ABC):
         return total
 
     def train(self, mode: bool = True) -> Self:
+        """Always eval mode: the network is a constant of the loss."""
         return super().train(False)
 
 
