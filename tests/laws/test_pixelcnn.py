@@ -13,6 +13,7 @@ from torch import Tensor
 from latticode.core import registry
 from latticode.core.types import Conditioning, Sampling
 from latticode.priors import PixelCNN, TwoLevel
+from latticode.priors.base import Condition
 from latticode.priors.pixelcnn import packed, unpacked
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -269,20 +270,21 @@ def test_levels_are_packed_as_the_tokenizer_does(ratio: int):
 
 def test_each_level_looks_only_back_and_the_bottom_at_all_of_the_top():
     prior = two_level(depth=3, bottom_depth=6)
-    codes, labels = torch.stack([torch.randint(v, (2, 2, 3)) for v in prior.vocab], dim=-1), torch.tensor([0, -1])
+    codes = torch.stack([torch.randint(v, (2, 2, 3)) for v in prior.vocab], dim=-1)
+    condition = Condition(torch.tensor([0, -1]), ["", ""])
     with torch.no_grad():
-        top, bottom = prior._nats(codes, labels)
+        top, bottom = prior._nats(codes, condition).values()
         for n in range(6):
             changed = codes.clone()
             changed[:, n // 3, n % 3, 0] = (changed[:, n // 3, n % 3, 0] + 1) % 5
-            after = prior._nats(changed, labels)
+            after = list(prior._nats(changed, condition).values())
             assert torch.equal(top.flatten(1)[:, :n], after[0].flatten(1)[:, :n])
             assert (top.flatten(1)[:, n:] != after[0].flatten(1)[:, n:]).all()
             assert (bottom != after[1]).any(), "the bottom is told"
         for n in range(24):
             fine = unpacked(codes, 2)[1].flatten(1)
             fine[:, n] = (fine[:, n] + 1) % 7
-            after = prior._nats(packed(codes[..., 0], fine.view(2, 4, 6), 2), labels)
+            after = list(prior._nats(packed(codes[..., 0], fine.view(2, 4, 6), 2), condition).values())
             assert torch.equal(top, after[0])
             assert torch.equal(bottom.flatten(1)[:, :n], after[1].flatten(1)[:, :n])
             assert (bottom.flatten(1)[:, n:] != after[1].flatten(1)[:, n:]).all()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from latticode.core import registry
 from latticode.core.types import Conditioning, Sampling
@@ -233,6 +235,58 @@ def test_sampling_and_bits_ignore_and_restore_the_mode(spec: dict[str, Any], tra
     assert not prior.bits(codes).requires_grad
     prior.sample(1, sampling=Sampling(steps=1))
     assert all(module.training is training for module in prior.modules())
+
+
+@every_prior
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("frozen", [0, 1], ids=["in-eval", "in-training"])
+def test_every_submodule_keeps_its_own_mode(
+    spec: dict[str, Any], frozen: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """A part that was set to another mode than the rest is in it still, whatever was called and however that ended."""
+    prior = build(spec).train(not frozen)
+    next(m for m in prior.modules() if isinstance(m, nn.Dropout)).train(bool(frozen))
+    next(m for m in prior.modules() if isinstance(m, nn.Sequential | nn.ModuleList)).train(bool(frozen))
+    modes = {name: module.training for name, module in prior.named_modules()}
+    assert len(set(modes.values())) == 2
+    codes, cond, seen = random_codes(prior, 2), conditioning(prior, 2), []
+    if fails:
+
+        def broken(*_: Any) -> Any:
+            seen.append({module.training for module in prior.modules()})
+            raise ArithmeticError
+
+        for name in ("_terms", "_nats", "_draw"):
+            monkeypatch.setattr(prior, name, broken)
+    for call in (
+        lambda: prior.loss(codes, cond),
+        lambda: prior.bits(codes, cond),
+        lambda: prior.sample(2, cond, sampling=Sampling(steps=1, guidance=1.0)),
+    ):
+        with pytest.raises(ArithmeticError) if fails else nullcontext():
+            call()
+        assert {name: module.training for name, module in prior.named_modules()} == modes
+    assert seen in ([], [{True, False}, {False}, {False}])
+
+
+@every_prior
+def test_forward_is_the_loss(spec: dict[str, Any]):
+    prior = build(spec)
+    codes, cond = random_codes(prior, 4), conditioning(prior, 4)
+    terms = []
+    for call in (prior.loss, prior):
+        torch.manual_seed(1)
+        terms.append(call(codes, cond))
+    assert terms[0] == terms[1]
+
+
+@every_prior
+def test_soft_targets_are_for_those_that_learn_from_them(spec: dict[str, Any]):
+    prior = build(spec)
+    codes = random_codes(prior, 2)
+    if not hasattr(prior, "soft_labels"):
+        with pytest.raises(ValueError, match=r"learns from codes alone, got soft targets \(2, "):
+            prior.loss(codes, conditioning(prior, 2), soft=torch.zeros(*codes.shape, max(prior.vocab)))
 
 
 @every_prior

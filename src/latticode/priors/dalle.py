@@ -5,16 +5,14 @@ B batch, L text positions, N image positions, T = L + N of the stream, M positio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning, Sampling
 from latticode.nn.transformer import Past, Transformer, initialise
-from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, recorded, uniforms
+from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates, recorded
 from latticode.priors.text import BPE
 
 KINDS = ("row", "column", "convolution")
@@ -103,86 +101,64 @@ class DALLE(Prior):
         length = self.text.length
         return self.text_head(context_BTD[:, :length]), self.head(context_BTD[:, length:])
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
-        """`cross_entropy`, nats per position of `codes` (B, *grid, 1), and `text_cross_entropy`, nats per token of the
-        texts that are not hidden, with the end of each; DALL-E weighs them 7/8 and 1/8."""
-        ids_BL, codes_BN = self._read(codes, cond)
-        hidden_B = torch.rand(len(codes), device=codes.device) < self.text_dropout
-        ids_BL = ids_BL.masked_fill(hidden_B[:, None], 0)
+    def _terms(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Also `text_cross_entropy`, per token of the texts that are not dropped, with the end of each; DALL-E weighs
+        the two 1/8 and the image 7/8."""
+        ids_BL, codes_BN = self._ids(condition.drop(self.text_dropout)), codes.flatten(1)
         text, image = self.logits(ids_BL, codes_BN)
         counted = torch.cat([ids_BL[:, :1], ids_BL[:, :-1]], dim=1) > 0  # what follows a token, and the first one
         nats_BL = F.cross_entropy(text.float().mT, ids_BL, reduction="none")
         return {
             "text_cross_entropy": (nats_BL * counted).sum() / counted.sum().clamp(min=1),
-            "cross_entropy": F.cross_entropy(image.float().mT, codes_BN),
+            "cross_entropy": F.cross_entropy(image.float().mT, codes_BN) if len(codes) else image.sum(),
         }
 
-    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """-log2 p(image | text) (B,) of each of `codes` (B, *grid, 1), in one forward pass; the text's are not in."""
-        ids_BL, codes_BN = self._read(codes, cond)
-        with self.inference():
-            _, logits = self.logits(ids_BL, codes_BN)
-            return F.cross_entropy(logits.float().mT, codes_BN, reduction="none").sum(1) / math.log(2)
+    def _nats(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Of each position (B, N) of the image given the text, in one forward pass; those of the text are not in."""
+        codes_BN = codes.flatten(1)
+        _, logits = self.logits(self._ids(condition), codes_BN)
+        return {"cross_entropy": F.cross_entropy(logits.float().mT, codes_BN, reduction="none")}
 
-    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
-        """Means (B, D) over the slots that predict the image, of the embedding and after each block."""
+    def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
+        """Over the slots that predict the image."""
         with recorded(self.transformer.blocks) as seen:
-            self._stream(*self._read(codes, cond))
+            self._stream(self._ids(condition), codes.flatten(1))
         return [x_BTD[:, self.text.length :].mean(1) for x_BTD in seen]
 
-    def sample(
-        self,
-        count: int,
-        cond: Conditioning | None = None,
-        *,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
-        first: int = 0,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Codes (count, *grid, 1): one pass over the text, then one over each position, twice as wide under guidance.
+    def _draw(self, known: Tensor, condition: Condition, noise: Tensor, choose: Chooser) -> Tensor:
+        """One pass over the text, then one over each position, twice as wide under guidance.
 
-        Of `sampling`, what is not in `uses` has no meaning here. Known codes are kept and the others
-        drawn given all that stands before them; what is known behind a position does not inform it.
+        Known codes are kept and the others drawn given all that stands before them; what is known behind a position
+        does not inform it.
         """
-        check_sampling(sampling)
-        self.labels_of(cond, count)
-        texts = self.texts_of(cond, count)
-        codes_BN = self.known_codes(count, known).view(count, self.positions).clone()
-        known_BN = codes_BN >= 0
-        noise = uniforms((self.positions,), seed, first, count).to(self.device)
-        copies = 2 if sampling.guidance and any(texts) else 1
-        pick = Chooser(sampling, self.device)
-        with self.inference():
-            slots = torch.arange(self.text.length + self.positions, device=self.device)
-            cache = self.transformer.cache(copies * count, len(slots))
-            ids_BL = self.text([*texts, *[""] * count][: copies * count]).to(self.device)
-            ready = int(known_BN.all(0).long().cumprod(0).sum())  # first positions that no image has open
-            x_BMD = torch.cat([self._told(ids_BL), self._seen(codes_BN[:, :ready].repeat(copies, 1))], dim=1)
-            for n in range(ready, self.positions):
-                slot = self.text.length + n
-                context_BMD = self.context(x_BMD, slots[slot + 1 - x_BMD.shape[1] : slot + 1], cache)
-                codes_BN[:, n] = pick(self.head(context_BMD[:, -1]), noise[:, n], codes_BN[:, n])
-                x_BMD = self._seen(codes_BN[:, n : n + 1].repeat(copies, 1), n)
-        pick.check()
-        return codes_BN.view(count, *self.grid, 1)
+        codes_BN = known.view(len(known), self.positions)
+        ids_BL = self._ids(condition.branches(choose.sampling.guidance))
+        copies = len(ids_BL) // max(len(known), 1)
+        slots = torch.arange(self.text.length + self.positions, device=known.device)
+        cache = self.transformer.cache(len(ids_BL), len(slots))
+        ready = int((codes_BN >= 0).all(0).long().cumprod(0).sum())  # first positions that no image has open
+        x_BMD = torch.cat([self._text_slots(ids_BL), self._image_slots(codes_BN[:, :ready].repeat(copies, 1))], dim=1)
+        for n in range(ready, self.positions):
+            slot = self.text.length + n
+            context_BMD = self.context(x_BMD, slots[slot + 1 - x_BMD.shape[1] : slot + 1], cache)
+            codes_BN[:, n] = choose(self.head(context_BMD[:, -1]), noise[:, n, 0], codes_BN[:, n])
+            x_BMD = self._image_slots(codes_BN[:, n : n + 1].repeat(copies, 1), n)
+        return known
 
-    def _read(self, codes: Tensor, cond: Conditioning | None) -> tuple[Tensor, Tensor]:
-        """Text (B, L) and image (B, N) tokens."""
-        self.check_codes(codes)
-        self.labels_of(cond, len(codes))
-        return self.text(self.texts_of(cond, len(codes))).to(codes.device), codes.flatten(1)
+    def _ids(self, condition: Condition) -> Tensor:
+        """The tokens (B, L) of the texts."""
+        return self.text(condition.texts).to(self.device)
 
     def _stream(self, ids_BL: Tensor, codes_BN: Tensor) -> Tensor:
-        x_BTD = torch.cat([self._told(ids_BL), self._seen(codes_BN[:, :-1])], dim=1)
+        x_BTD = torch.cat([self._text_slots(ids_BL), self._image_slots(codes_BN[:, :-1])], dim=1)
         return self.context(self.drop(x_BTD), torch.arange(x_BTD.shape[1], device=x_BTD.device))
 
-    def _told(self, ids_BL: Tensor) -> Tensor:
+    def _text_slots(self, ids_BL: Tensor) -> Tensor:
         """The slots (B, 1 + L, D) of start and text."""
         x_BLD = torch.where(ids_BL[..., None] > 0, self.text_embedding(ids_BL), self.padding) + self.text_place
         return torch.cat([self.start.expand(len(ids_BL), 1, -1), x_BLD], dim=1)
 
-    def _seen(self, codes_BM: Tensor, first: int = 0) -> Tensor:
+    def _image_slots(self, codes_BM: Tensor, first: int = 0) -> Tensor:
         """The slots (B, M, D) of the image tokens from position `first` on."""
         at = torch.arange(first, first + codes_BM.shape[1], device=codes_BM.device)
         return self.embedding(codes_BM) + self.row[at // self.grid[-1]] + self.column[at % self.grid[-1]]

@@ -6,7 +6,6 @@ B batch, N positions, K codes of a position, S symbols of a position, D width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning, Sampling
+from latticode.core.types import Sampling
 from latticode.nn.rotary import grid_coordinates, rotary_table
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, recorded, uniforms
+from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates, means, recorded
 from latticode.priors.symbols import (
     Digits,
     Joint,
@@ -145,103 +144,69 @@ class GPT(Prior):
         places = torch.arange(x_BND.shape[1], device=x_BND.device)
         return self.transformer(self._placed(x_BND, places), is_causal=True, rotary=self.rotary, context=states)
 
-    def states(self, cond: Conditioning | None, count: int, hidden: Tensor | None = None) -> Tensor | None:
-        """What the transformer attends to beside the codes, (count, S, attends), without the condition where `hidden`
-        (count,). None: nothing."""
+    def states(self, condition: Condition) -> Tensor | None:
+        """What the transformer attends to beside the codes, (B, S, attends). None: nothing."""
         return None
 
-    def told(self, cond: Conditioning | None, labels_B: Tensor) -> bool:
-        """Whether there is a condition that guidance could hide."""
-        return bool((labels_B >= 0).any())
+    def branches(self, condition: Condition, guidance: float) -> Condition:
+        """The conditional branch and, if it is needed, the unconditional one."""
+        return condition.branches(guidance)
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None, soft: Tensor | None = None) -> dict[str, Tensor]:
-        """`cross_entropy`: nats per symbol of `codes` (B, *grid, K), with `tops` apart from `top_cross_entropy`.
+    def noise_shape(self, sampling: Sampling) -> tuple[int, ...]:
+        return self.positions, len(self.symbols.sizes)
 
-        The targets are the codes, or `soft` (B, *grid, K, C), the distributions that they were drawn from.
-        """
-        self.check_codes(codes)
-        if soft is not None:
-            check_targets(soft, codes, self.symbols)
-        labels = self.labels_of(cond, len(codes))
-        hidden = torch.rand(len(codes), device=codes.device) < self.label_dropout
-        states = self.states(cond, len(codes), hidden)
-        nats_BNS = self._nats(codes, labels.masked_fill(hidden, -1), soft, states)
-        if not self.tops:
-            return {"cross_entropy": nats_BNS.mean()}
-        top_BNS, bottom_BNS = nats_BNS.tensor_split([self.first], dim=-1)
-        return {"top_cross_entropy": top_BNS.mean(), "cross_entropy": bottom_BNS.mean()}
-
-    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """-log2 p (B,) of each image of `codes` (B, *grid, K), in one forward pass."""
-        self.check_codes(codes)
-        labels = self.labels_of(cond, len(codes))
-        with self.inference():
-            return self._nats(codes, labels, states=self.states(cond, len(codes))).sum((1, 2)) / math.log(2)
-
-    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
-        """Means (B, D) over the slots that predict the positions, of the embedding and after each block of the
-        transformer over them. The last position is predicted only, so nothing tells of its codes."""
-        self.check_codes(codes)
-        labels = self.labels_of(cond, len(codes))
-        embedded_BNSD = self.embedding(self.symbols.split(codes).flatten(1, -2) + self.offsets)
-        with recorded(self.transformer.blocks) as seen:
-            self.context(embedded_BNSD[:, :-1].sum(2), labels, self.states(cond, len(codes)))
-        return [x_BND.mean(1) for x_BND in seen]
-
-    def sample(
-        self,
-        count: int,
-        cond: Conditioning | None = None,
-        *,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
-        first: int = 0,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Codes (count, *grid, K): one pass over one position for each, twice as wide under guidance.
-
-        Of `sampling`, `steps`, `noise` and `schedule` have no meaning here; temperature, top-k and top-p act on each
-        symbol. Known codes are kept and the others drawn given all that stands before them: an image prompt. What is
-        known behind a position does not inform it, as in any autoregression.
-        """
-        check_sampling(sampling)
-        labels = self.labels_of(cond, count)
-        symbols_BNS = self.symbols.split(self.known_codes(count, known)).flatten(1, -2)
-        known_BNS = symbols_BNS >= 0
-        noise = uniforms(symbols_BNS.shape[1:], seed, first, count).to(self.device)
-        copies = 2 if sampling.guidance and self.told(cond, labels) else 1
-        pick = Chooser(sampling, self.device)
-
-        def choose(n: int, slot: int, logits: Tensor) -> Tensor:
-            symbols_BNS[:, n, slot] = pick(logits, noise[:, n, slot], symbols_BNS[:, n, slot])
-            return self.embedding(symbols_BNS[:, n, slot] + self.offsets[slot]).repeat(copies, 1)
-
-        with self.inference():
-            places = torch.arange(self.positions, device=self.device)
-            cache = self.transformer.cache(copies * count, self.positions)
-            ready = int(known_BNS.all(2).all(0).long().cumprod(0).sum())  # first positions that no image has open
-            prompt = self.embedding(symbols_BNS[:, :ready] + self.offsets).sum(2).repeat(copies, 1, 1)
-            rows = torch.cat([labels, torch.full_like(labels, -1)][:copies])
-            all_hidden = torch.ones_like(labels, dtype=torch.bool)
-            told = [self.states(cond, count, hidden) for hidden in (None, all_hidden)[:copies]]
-            parts = [part for part in told if part is not None]
-            states = self.transformer.read(torch.cat(parts)) if parts else None
-            x_BMD = torch.cat([self._start(rows), prompt], dim=1)
-            for n in range(ready, self.positions):
-                at = places[n + 1 - x_BMD.shape[1] : n + 1]
-                so_far = cache[..., : (n // SPAN + 1) * SPAN, :]
-                context_BMD = self.transformer.step(self._placed(x_BMD, at), so_far, at, self.rotary, states)
-                x_BMD = self.head.generate(context_BMD[:, -1], partial(choose, n))[:, None]
-        pick.check()
-        return self.symbols.join(symbols_BNS).view(count, *self.grid, len(self.vocab))
-
-    def _nats(
-        self, codes: Tensor, labels_B: Tensor, soft: Tensor | None = None, states: Tensor | None = None
-    ) -> Tensor:
-        """-log p (B, N, S) of each symbol given those before, or its mean under `soft` (B, *grid, K, C)."""
+    def _nats(self, codes: Tensor, condition: Condition, soft: Tensor | None = None) -> dict[str, Tensor]:
+        """Of each symbol (B, N, S) given those before; its mean under `soft` (B, *grid, K, C)."""
         symbols_BNS = self.symbols.split(codes).flatten(1, -2)
         soft_BNSC = None if soft is None else soft.flatten(1, -3)
-        return nats(self.logits(symbols_BNS, labels_B, states), symbols_BNS, soft_BNSC)
+        logits = self.logits(symbols_BNS, condition.labels, self.states(condition))
+        nats_BNS = nats(logits, symbols_BNS, soft_BNSC)
+        if not self.tops:
+            return {"cross_entropy": nats_BNS}
+        top_BNS, bottom_BNS = nats_BNS.tensor_split([self.first], dim=-1)
+        return {"top_cross_entropy": top_BNS, "cross_entropy": bottom_BNS}
+
+    def _soft_terms(self, codes: Tensor, condition: Condition, soft: Tensor) -> dict[str, Tensor]:
+        check_targets(soft, codes, self.symbols)
+        return means(self._nats(codes, condition.drop(self.label_dropout), soft))
+
+    def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
+        """Over the slots that predict the positions. The last position is predicted only, so nothing tells of its
+        codes."""
+        embedded_BNSD = self.embedding(self.symbols.split(codes).flatten(1, -2) + self.offsets)
+        with recorded(self.transformer.blocks) as seen:
+            self.context(embedded_BNSD[:, :-1].sum(2), condition.labels, self.states(condition))
+        return [x_BND.mean(1) for x_BND in seen]
+
+    def _draw(self, known: Tensor, condition: Condition, noise: Tensor, choose: Chooser) -> Tensor:
+        """One pass over one position for each, twice as wide under guidance.
+
+        Temperature, top-k and top-p act on each symbol. Known codes are kept and the others drawn given all that stands
+        before them: an image prompt. What is known behind a position does not inform it, as in any autoregression.
+        """
+        symbols_BNS = self.symbols.split(known).flatten(1, -2)
+        condition = self.branches(condition, choose.sampling.guidance)
+        rows, count = len(condition.labels), len(known)
+        copies = rows // max(count, 1)
+
+        def chosen(n: int, slot: int, logits: Tensor) -> Tensor:
+            symbols_BNS[:, n, slot] = choose(logits, noise[:, n, slot], symbols_BNS[:, n, slot])
+            return self.embedding(symbols_BNS[:, n, slot] + self.offsets[slot]).repeat(copies, 1)
+
+        places = torch.arange(self.positions, device=known.device)
+        cache = self.transformer.cache(rows, self.positions)
+        # the first positions that no image has open
+        ready = int((symbols_BNS >= 0).all(2).all(0).long().cumprod(0).sum())
+        prompt = self.embedding(symbols_BNS[:, :ready] + self.offsets).sum(2).repeat(copies, 1, 1)
+        states = self.states(condition)
+        states = None if states is None else self.transformer.read(states)
+        x_BMD = torch.cat([self._start(condition.labels), prompt], dim=1)
+        for n in range(ready, self.positions):
+            at = places[n + 1 - x_BMD.shape[1] : n + 1]
+            so_far = cache[..., : (n // SPAN + 1) * SPAN, :]
+            context_BMD = self.transformer.step(self._placed(x_BMD, at), so_far, at, self.rotary, states)
+            x_BMD = self.head.generate(context_BMD[:, -1], partial(chosen, n))[:, None]
+        return self.symbols.join(symbols_BNS).view(count, *self.grid, len(self.vocab))
 
     def _start(self, labels_B: Tensor) -> Tensor:
         """The first token (B, 1, D)."""

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from latticode.core.modules import described
 from latticode.core.types import Conditioning
-from latticode.priors.base import check_rates
+from latticode.priors.base import Condition, check_rates
 from latticode.priors.gpt import GPT
 from latticode.priors.symbols import Sequential
 
@@ -72,23 +73,30 @@ class Guide(GPT):
         for layer in [*self.head.heads] if isinstance(self.head, Sequential) else [self.head.head]:
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
 
-    def states(self, cond: Conditioning | None, count: int, hidden: Tensor | None = None) -> Tensor:
-        """What the blocks attend to (count, S, C), `nothing` where `hidden` (count,) or where there are no images.
-
-        Raises ValueError for images of another number, shape or type, and for none if training always showed one.
-        """
-        images = None if cond is None else cond.images
+    def check_condition(self, cond: Conditioning | None, count: int) -> Condition:
+        """As `Prior.check_condition`. Raises ValueError also for images of another number, shape or type, and for none
+        if training always showed one."""
+        condition = super().check_condition(cond, count)
+        images = condition.images
         if images is None:
             if self.nothing is None:
                 raise ValueError(f"the prior needs an image for each of {count} codes: image_dropout is 0, got none")
-            return self.nothing.expand(count, 1, -1)
+            return condition
         if images.shape[:2] != (count, 3) or images.ndim != 4 or not images.is_floating_point():
-            got = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
-            raise ValueError(f"expected float images ({count}, 3, H, W), one for each code, got {got}")
-        states_BSC = self.encoder(images.to(self.device)).flatten(2).mT
-        if hidden is None or self.nothing is None:
-            return states_BSC
-        return torch.where(hidden[:, None, None], self.nothing, states_BSC)
+            raise ValueError(f"expected float images ({count}, 3, H, W), one for each code, got {described(images)}")
+        return condition._replace(images=images.to(self.device))
 
-    def told(self, cond: Conditioning | None, labels_B: Tensor) -> bool:
-        return cond is not None and cond.images is not None and self.nothing is not None
+    def states(self, condition: Condition) -> Tensor:
+        """What the blocks attend to (B, S, C), `nothing` where the image is dropped or where there are none."""
+        rows = len(condition.labels)
+        if condition.images is None:
+            assert self.nothing is not None
+            return self.nothing.expand(rows, 1, -1)
+        states_BSC = self.encoder(condition.images).flatten(2).mT
+        if condition.dropped is None or self.nothing is None:
+            return states_BSC
+        states_BSC = states_BSC.repeat(rows // max(len(states_BSC), 1), 1, 1)
+        return torch.where(condition.dropped[:, None, None], self.nothing, states_BSC)
+
+    def branches(self, condition: Condition, guidance: float) -> Condition:
+        return condition if self.nothing is None else condition.branches(guidance)

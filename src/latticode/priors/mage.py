@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning
 from latticode.nn.transformer import Transformer, initialise
-from latticode.priors.base import check_rates, recorded
+from latticode.priors.base import Condition, check_rates, recorded
 from latticode.priors.masked import Context, Masked
 from latticode.priors.schedules import ranks, truncated_normal
 
@@ -97,7 +96,7 @@ class MAGE(Masked):
         z_BLD = self.decoder(torch.cat([class_B1D, filled_BND], dim=1) + self.decoder_position)
         return z_BLD[:, 1:][at_BN]
 
-    def nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
+    def training_loss(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
         masked, dropped = self.masks(len(codes_BN), codes_BN.device)
         y_MD = self.states(codes_BN.masked_fill(masked, self.mask_token), labels_B, masked, dropped_BN=dropped)
         return self.smoothed(y_MD, codes_BN[masked])
@@ -110,11 +109,8 @@ class MAGE(Masked):
         order = ranks(torch.rand(count, self.positions, device=device))
         return order < masked[:, None], order < dropped
 
-    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
-        """Means over the positions (B, D), of the embedding and after each block of the encoder, of whole images
-        (B, *grid, 1)."""
-        self.check_codes(codes)
-        labels, _ = self.told(cond, len(codes))
+    def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
+        """Of the encoder, which meets the whole image."""
         with recorded(self.encoder.blocks) as stream:
-            self.encoder(self.embedded(codes.flatten(1), labels))
+            self.encoder(self.embedded(codes.flatten(1), condition.labels))
         return [x_BLD[:, 1:].mean(1) for x_BLD in stream]

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import recorded
+from latticode.priors.base import Condition, recorded
 from latticode.priors.masked import Context, Masked, projection
 from latticode.priors.schedules import draw_ratios, masked_counts, random_mask, ratio_floor
 
@@ -45,7 +44,7 @@ class MaskedTransformer(Masked):
     def states(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor, context: Context | None = None) -> Tensor:
         return self._outputs(tokens_BN, labels_B, context)[at_BN]
 
-    def nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
+    def training_loss(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
         counts = masked_counts(draw_ratios(len(codes_BN), self.floor, codes_BN.device), self.positions)
         masked = random_mask(counts, self.positions)
         y_MD = self.states(codes_BN.masked_fill(masked, self.mask_token), labels_B, masked, context)
@@ -115,8 +114,5 @@ class MaskGIT(MaskedTransformer):
         states, mask = self.text(texts)
         return Context(self.project(states), mask)
 
-    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
-        """Means over the positions (B, D), of the embedding and after each block, of whole images (B, *grid, 1)."""
-        self.check_codes(codes)
-        labels, texts = self.told(cond, len(codes))
-        return self.means(codes.flatten(1), labels, self.context(texts))
+    def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
+        return self.means(codes.flatten(1), condition.labels, self.context(condition.texts))
