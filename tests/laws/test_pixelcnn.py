@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latticode.core import registry
 from latticode.core.types import Conditioning, Sampling
+from latticode.nn import masked
 from latticode.priors import PixelCNN, TwoLevel
 from latticode.priors.base import Condition
 from latticode.priors.pixelcnn import packed, unpacked
@@ -113,13 +114,14 @@ def test_the_label_reaches_the_first_position():
     assert len(logits[:, 0].unique(dim=0)) == 3
 
 
-def test_attention_is_told_the_places():
+def test_attention_is_told_the_places(monkeypatch: pytest.MonkeyPatch):
     prior = small(grid=[2, 4], attention=1)
-    assert prior.network.places[:, 0].tolist() == [-0.5] * 4 + [0.5] * 4
-    assert prior.network.places[:, 1].tolist() == [-0.75, -0.25, 0.25, 0.75] * 2
+    places = masked.places((2, 4), device=prior.device)
+    assert places[:, 0].tolist() == [-0.5] * 4 + [0.5] * 4
+    assert places[:, 1].tolist() == [-0.75, -0.25, 0.25, 0.75] * 2
     codes, labels = torch.randint(11, (1, 2, 4)), torch.tensor([0])
     before = logits_of(prior, codes, labels)
-    prior.network.places.zero_()
+    monkeypatch.setattr(masked, "places", lambda plane, device: torch.zeros_like(places))
     changed = (logits_of(prior, codes, labels) != before).any(-1)[0]
     assert changed.tolist() == [False] + [True] * 7, "the first position has nothing to choose from"
 

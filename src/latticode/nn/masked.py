@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.derived import derived
 from latticode.nn.rotary import grid_coordinates
 from latticode.nn.transformer import initialise
 
@@ -101,8 +102,6 @@ class RasterNetwork(nn.Module):
         dropout: on each branch.
     """
 
-    places: Tensor
-
     def __init__(
         self,
         size: int,
@@ -131,8 +130,6 @@ class RasterNetwork(nn.Module):
         self.looks = nn.ModuleList(RasterAttention(width, heads, dropout) for _ in range(looks))
         self.head = nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 1), nn.GELU(), nn.Conv2d(width, size, 1))
         self.head.apply(initialise_convolution)
-        places = (grid_coordinates(plane) + 0.5) / torch.tensor(plane) * 2 - 1  # (N, 2) in [-1, 1]
-        self.register_buffer("places", places, persistent=False)
 
     def condition(self, labels: Tensor) -> Tensor:
         """(B, D, 1, 1) of labels (B,), -1 = none."""
@@ -148,8 +145,15 @@ class RasterNetwork(nn.Module):
         for i, layer in enumerate(self.layers, start=1):
             v, h = layer(v, h, condition)
             if self.attention and i % self.attention == 0:
-                h = self.looks[i // self.attention - 1](h, x, self.places[: codes.shape[1:].numel()])
+                at = places(self.plane, device=h.device)[: codes.shape[1:].numel()].to(h.dtype)
+                h = self.looks[i // self.attention - 1](h, x, at)
         return self.head(v + h)  # so that the last layer of the vertical stack has a reader too
+
+
+@derived
+def places(plane: tuple[int, int]) -> Tensor:
+    """(N, 2): where each position lies, row and column in [-1, 1]."""
+    return (grid_coordinates(plane) + 0.5) / torch.tensor(plane) * 2 - 1
 
 
 def gated(x: Tensor, dim: int = 1) -> Tensor:

@@ -215,7 +215,8 @@ class Transformer(nn.Module):
         Zeros, not whatever was there: what the mask hides still enters attention, times 0.
         """
         shape = (len(self.blocks), 2, batch, self.heads, length, self.width // self.heads)
-        return next(self.parameters()).new_zeros(shape)
+        like = next(self.parameters())
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def step(
         self,
@@ -238,9 +239,9 @@ class Transformer(nn.Module):
             context = None if context is None else self.read(context)
         mask_ML = torch.arange(cache.shape[-2], device=at_M.device) <= at_M[:, None]
         rotary = None if rotary is None else rotary[at_M]
-        for i, (block, (keys, values)) in enumerate(zip(self.blocks, cache, strict=True)):
+        for i, block in enumerate(self.blocks):
             seen = None if context is None else context[i]
-            past = Past(keys, values, at_M)
+            past = Past(cache[i, 0], cache[i, 1], at_M)
             x_BMD = block(x_BMD, mask_ML, rotary=rotary, past=past, context=seen, context_mask=context_mask)
         return self.norm(x_BMD)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.core import registry
-from latticode.core.modules import keeping_modes
+from latticode.core.modules import described, keeping_modes
 from latticode.core.pretrained import Pretrained
 from latticode.core.types import Conditioning, Sampling
 from latticode.kernels.vocabulary import invert
@@ -107,10 +107,12 @@ class Prior(Pretrained, ABC):
 
         `cross_entropy` is there always; a prior of two levels or of text has more. The targets are the codes, or where
         a prior has `soft_labels` the distributions `soft` (B, *grid, K, C) that they were drawn from. Raises ValueError
-        for codes outside `vocab` or of another shape, for labels outside [-1, classes), and for `soft` of another shape
-        or for a prior that learns from codes alone.
+        for codes outside `vocab` or of another shape, for no images, for labels outside [-1, classes), and for `soft`
+        of another shape or for a prior that learns from codes alone.
         """
         codes = self.check_codes(codes)
+        if not len(codes):
+            raise ValueError(f"{type(self).__name__} has no loss of no images, got codes {described(codes)}")
         condition = self.check_condition(cond, len(codes))
         return self._terms(codes, condition) if soft is None else self._soft_terms(codes, condition, soft)
 
@@ -169,7 +171,7 @@ class Prior(Pretrained, ABC):
         (B, *noise_shape)."""
 
     def _terms(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
-        """`loss` of valid codes: means over the symbols of a batch, 0 for none."""
+        """`loss` of valid codes: means over the symbols of a batch."""
         return means(self._nats(codes, condition.drop(self.label_dropout)))
 
     def _soft_terms(self, codes: Tensor, condition: Condition, soft: Tensor) -> dict[str, Tensor]:
@@ -373,14 +375,9 @@ class Chooser:
             raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
 
 
-def mean(values: Tensor) -> Tensor:
-    """The mean, but 0 of no values, with a gradient of 0."""
-    return values.mean() if values.numel() else values.sum()
-
-
 def means(nats: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The mean of each."""
-    return {name: mean(values) for name, values in nats.items()}
+    return {name: values.mean() for name, values in nats.items()}
 
 
 def check_rates(**rates: float) -> None:

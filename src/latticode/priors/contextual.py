@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from latticode.core.types import Sampling
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates, mean
+from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates
 from latticode.priors.schedules import draw_ratios, masked_counts, random_mask, ranks, ratio_floor, spread_groups
-from latticode.priors.symbols import Digits, Sequential, check_soft, check_targets, levels_of, nats, table_of
+from latticode.priors.symbols import Digits, Sequential, check_soft, check_targets, levels_of, nats, offsets, table_of
 
 
 class ContextualRQ(Prior):
@@ -40,7 +40,6 @@ class ContextualRQ(Prior):
     """
 
     uses = IN_ORDER | {"steps", "revisions", "revise_steps"}
-    offsets: Tensor
 
     def __init__(
         self,
@@ -73,9 +72,8 @@ class ContextualRQ(Prior):
         levels = levels_of(sizes, shared)
 
         self.label = nn.Embedding(self.classes + 1, width)  # the last is 'no label'
-        rows, starts = table_of(sizes, levels)
+        rows, self.starts = table_of(sizes, levels)
         self.embedding = nn.Embedding(rows, width)
-        self.register_buffer("offsets", starts, persistent=False)
         self.hidden = nn.Parameter(torch.empty(width))
         self.place = nn.Parameter(torch.empty(self.positions, width))
         self.drop = nn.Dropout(dropout)
@@ -83,6 +81,10 @@ class ContextualRQ(Prior):
         self.head = Sequential(sizes, width, inner_depth, heads, mlp, dropout, style, levels)
         for weight in (self.label.weight, self.embedding.weight, self.hidden, self.place):
             nn.init.normal_(weight, std=width**-0.5)
+
+    @property
+    def offsets(self) -> Tensor:
+        return offsets(self.starts, device=self.device)
 
     def logits(self, symbols_BNS: Tensor, hidden_BN: Tensor, labels_B: Tensor, at_BN: Tensor) -> list[Tensor]:
         """Logits (M, size) of each of the S symbols at the positions `at_BN`, row-major, given the positions that are
@@ -112,7 +114,7 @@ class ContextualRQ(Prior):
         hidden = random_mask(counts, self.positions)
         logits = self.logits(symbols_BNS, hidden, condition.drop(self.label_dropout).labels, hidden)
         soft_MSC = None if soft is None else soft.flatten(1, -3)[hidden]
-        return {"cross_entropy": mean(nats(logits, symbols_BNS[hidden], soft_MSC))}
+        return {"cross_entropy": nats(logits, symbols_BNS[hidden], soft_MSC).mean()}
 
     def _soft_terms(self, codes: Tensor, condition: Condition, soft: Tensor) -> dict[str, Tensor]:
         check_targets(soft, codes, self.symbols)
@@ -177,7 +179,7 @@ class ContextualRQ(Prior):
 
         def chosen(slot: int, logits: Tensor) -> Tensor:
             drawn.append(choose(logits, u_MS[:, slot], kept_MS[:, slot]))
-            return self.embedding(drawn[-1] + self.offsets[slot]).repeat(copies, 1)
+            return self.embedding(drawn[-1] + self.starts[slot]).repeat(copies, 1)
 
         self.head.generate(context_BND[at_BN.repeat(copies, 1)], chosen)
         return torch.stack(drawn, dim=-1)

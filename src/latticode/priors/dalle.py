@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.derived import derived
 from latticode.nn.transformer import Past, Transformer, initialise
 from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates, recorded
 from latticode.priors.text import BPE
@@ -38,7 +39,6 @@ class DALLE(Prior):
     """
 
     uses, causal = IN_ORDER, True
-    masks: Tensor
     text: BPE
 
     def __init__(
@@ -77,8 +77,6 @@ class DALLE(Prior):
         self.transformer = Transformer(width, depth, heads, mlp, dropout)
         self.text_head = nn.Linear(width, text.size)  # 0: the text has ended
         self.head = nn.Linear(width, self.vocab[0])
-        masks = [sparse_mask(kind, text.length, self.positions, self.grid[-1], kernel) for kind in KINDS]
-        self.register_buffer("masks", torch.stack(masks), persistent=False)
         self.kinds = [kind_of(layer, depth) for layer in range(1, depth + 1)]
         places = (self.start, self.padding, self.text_place, self.row, self.column)
         for weight in (*places, self.text_embedding.weight, self.embedding.weight):
@@ -89,7 +87,9 @@ class DALLE(Prior):
     def context(self, x_BMD: Tensor, at_M: Tensor, cache: Tensor | None = None) -> Tensor:
         """What the transformer makes (B, M, D) of the embedded slots `at_M`: the first M, or those that come after what
         `cache` has seen (`Transformer.cache`), which is written to."""
-        masks = self.masks[:, at_M] if cache is not None else self.masks[:, at_M][:, :, at_M]
+        of = self.text.length, self.positions, self.grid[-1], self.kernel
+        masks = sparse_masks(*of, device=at_M.device)[:, at_M]
+        masks = masks if cache is not None else masks[:, :, at_M]
         for layer, (block, kind) in enumerate(zip(self.transformer.blocks, self.kinds, strict=True)):
             past = None if cache is None else Past(cache[layer, 0], cache[layer, 1], at_M)
             x_BMD = block(x_BMD, masks[KINDS.index(kind)], past=past)
@@ -110,7 +110,7 @@ class DALLE(Prior):
         nats_BL = F.cross_entropy(text.float().mT, ids_BL, reduction="none")
         return {
             "text_cross_entropy": (nats_BL * counted).sum() / counted.sum().clamp(min=1),
-            "cross_entropy": F.cross_entropy(image.float().mT, codes_BN) if len(codes) else image.sum(),
+            "cross_entropy": F.cross_entropy(image.float().mT, codes_BN),
         }
 
     def _nats(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
@@ -169,6 +169,12 @@ def kind_of(layer: int, depth: int) -> str:
     if layer == depth:
         return "convolution"
     return "column" if (layer - 2) % 4 == 0 else "row"
+
+
+@derived
+def sparse_masks(length: int, positions: int, columns: int, kernel: int) -> Tensor:
+    """(3, T, T) bool: `sparse_mask` of each of `KINDS`."""
+    return torch.stack([sparse_mask(kind, length, positions, columns, kernel) for kind in KINDS])
 
 
 def sparse_mask(kind: str, length: int, positions: int, columns: int, kernel: int) -> Tensor:

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.derived import derived
 from latticode.core.types import Sampling
-from latticode.nn.rotary import grid_coordinates, rotary_table
+from latticode.nn.rotary import check_pairs, grid_coordinates, rotary_table
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates, means, recorded
+from latticode.priors.base import (
+    DEFAULT,
+    IN_ORDER,
+    Chooser,
+    Condition,
+    Prior,
+    check_rates,
+    draw,
+    filtered,
+    means,
+    recorded,
+)
 from latticode.priors.symbols import (
     Digits,
     Joint,
@@ -26,11 +39,19 @@ from latticode.priors.symbols import (
     check_targets,
     levels_of,
     nats,
+    offsets,
     table_of,
 )
 
 SPAN = 64  # attention reads the cache up to the next multiple: half the work in the mean, and few shapes to compile
 PLACES = ("learned", "rotary", "axial")
+
+
+class State(NamedTuple):
+    """How far an image is decoded (`GPT.step`)."""
+
+    cache: Tensor  # (depth, 2, B, H, N, E), keys and values of the positions before
+    at: Tensor  # (1,) int64, the position that comes next
 
 
 class GPT(Prior):
@@ -66,8 +87,6 @@ class GPT(Prior):
 
     uses, causal = IN_ORDER, True
     attends: int = 0  # width of the states that the transformer attends to beside the codes, of a subclass (`states`)
-    rotary: Tensor | None
-    offsets: Tensor
 
     def __init__(
         self,
@@ -110,11 +129,11 @@ class GPT(Prior):
         levels = levels_of(sizes, shared, self.first)
 
         self.label = nn.Embedding(self.classes + 1, width)  # the last is 'no label'
-        rows, starts = table_of(sizes, levels)
+        rows, self.starts = table_of(sizes, levels)
         self.embedding = nn.Embedding(rows, width)
-        self.register_buffer("offsets", starts, persistent=False)
         self.place = nn.Parameter(torch.empty(self.positions, width)) if places == "learned" else None
-        self.register_buffer("rotary", self._rotary(), persistent=False)
+        if places != "learned":
+            check_pairs(width // heads, len(self._axes))
         self.drop = nn.Dropout(dropout)
         self.transformer = Transformer(width, depth, heads, mlp, dropout, style, context=self.attends)
         inner = (sizes, width, inner_depth, heads, mlp, dropout, style, levels)
@@ -126,6 +145,21 @@ class GPT(Prior):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         if self.place is not None:
             nn.init.normal_(self.place, std=width**-0.5)
+
+    @property
+    def offsets(self) -> Tensor:
+        return offsets(self.starts, device=self.device)
+
+    @property
+    def rotary(self) -> Tensor | None:
+        """The class stands at 0, the codes from 1 on along each axis: only distances between codes matter."""
+        if self.places == "learned":
+            return None
+        return sequence_table(self._axes, self.width // self.heads, device=self.device).to(self.label.weight.dtype)
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        return tuple(self.grid) if self.places == "axial" else (self.positions,)
 
     def logits(self, symbols_BNS: Tensor, labels_B: Tensor, states: Tensor | None = None) -> list[Tensor]:
         """Logits (B, N, size) of each of the S symbols of every position, given all that stands before it.
@@ -143,6 +177,37 @@ class GPT(Prior):
         x_BND = torch.cat([self._start(labels_B), x_BND], dim=1)
         places = torch.arange(x_BND.shape[1], device=x_BND.device)
         return self.transformer(self._placed(x_BND, places), is_causal=True, rotary=self.rotary, context=states)
+
+    def begin(self, count: int) -> State:
+        """The state of `count` images of which nothing is decoded."""
+        at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return State(self.transformer.cache(count, self.positions), at)
+
+    @torch.no_grad()
+    def step(
+        self, codes: Tensor, labels: Tensor, state: State, u: Tensor, sampling: Sampling = DEFAULT
+    ) -> tuple[Tensor, State]:
+        """One step of decoding as a pure function of tensors that `torch.export` accepts, in eval mode.
+
+        Codes (B, K) of the position `state.at`, drawn at uniform `u` (B, S), one for each symbol, and the state after
+        it. `codes` (B, K) are those of the position before, which at the first one are not looked at; `labels` (B,) are
+        -1 for none. Of `sampling`, temperature, top-k and top-p count; guidance needs a step of both branches. Raises
+        ValueError for a prior that attends to images.
+        """
+        if self.attends:
+            raise ValueError(f"{type(self).__name__} attends to images, a step knows labels alone")
+        symbols: list[Tensor] = []
+
+        def chosen(slot: int, logits: Tensor) -> Tensor:
+            symbols.append(draw(filtered(logits.float(), sampling), u[:, slot]))
+            return self.embedding(symbols[-1] + self.starts[slot])
+
+        cache, at = state.cache.clone(), state.at
+        before_B1D = self.embedding(self.symbols.split(codes) + self.offsets).sum(1, keepdim=True)
+        x_B1D = torch.where(at == 0, self._start(labels), before_B1D)
+        context_B1D = self.transformer.step(self._placed(x_B1D, at), cache, at, self.rotary)
+        self.head.generate(context_B1D[:, 0], chosen)
+        return self.symbols.join(torch.stack(symbols, dim=-1)), State(cache, at + 1)
 
     def states(self, condition: Condition) -> Tensor | None:
         """What the transformer attends to beside the codes, (B, S, attends). None: nothing."""
@@ -191,7 +256,7 @@ class GPT(Prior):
 
         def chosen(n: int, slot: int, logits: Tensor) -> Tensor:
             symbols_BNS[:, n, slot] = choose(logits, noise[:, n, slot], symbols_BNS[:, n, slot])
-            return self.embedding(symbols_BNS[:, n, slot] + self.offsets[slot]).repeat(copies, 1)
+            return self.embedding(symbols_BNS[:, n, slot] + self.starts[slot]).repeat(copies, 1)
 
         places = torch.arange(self.positions, device=known.device)
         cache = self.transformer.cache(rows, self.positions)
@@ -216,9 +281,9 @@ class GPT(Prior):
         """The transformer's input, given that the tokens `x_BMD` predict the positions `at_M`."""
         return self.drop(x_BMD if self.place is None else x_BMD + self.place[at_M])
 
-    def _rotary(self) -> Tensor | None:
-        """The class stands at 0, the codes from 1 on along each axis: only distances between codes matter."""
-        if self.places == "learned":
-            return None
-        cells = grid_coordinates(self.grid if self.places == "axial" else [self.positions])[:-1] + 1
-        return rotary_table(F.pad(cells, (0, 0, 1, 0)), self.width // self.heads)
+
+@derived
+def sequence_table(axes: Sequence[int], head_width: int) -> Tensor:
+    """The rotary table (N, 2, E / 2) of a class and then all codes but the last of a grid."""
+    cells = grid_coordinates(axes)[:-1] + 1
+    return rotary_table(F.pad(cells, (0, 0, 1, 0)), head_width)

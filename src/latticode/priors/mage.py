@@ -66,6 +66,7 @@ class MAGE(Masked):
             raise ValueError(f"std_masked must be > 0, got {std_masked}")
         self.depth, self.decoder_depth = depth, decoder_depth
         self.min_masked, self.mean_masked, self.std_masked = min_masked, mean_masked, std_masked
+        self.dropped = math.ceil(min_masked * self.positions)  # positions that the encoder does not meet in training
         self.encoder = Transformer(width, depth, heads, mlp, dropout)
         self.link = nn.Linear(width, width)
         self.decoder_position = nn.Parameter(torch.empty(self.positions + 1, width))
@@ -86,12 +87,13 @@ class MAGE(Masked):
         The encoder does not meet those that are `dropped_BN` (bool): equally many of each row, and masked.
         """
         x_BLD, seen_BN = self.embedded(tokens_BN, labels_B), tokens_BN != self.mask_token
+        met_BK = seen_BN
         if dropped_BN is not None:
-            kept = F.pad(~dropped_BN, (1, 0), value=True)
-            x_BLD = x_BLD[kept].view(len(x_BLD), -1, self.width)
+            met = dropped_BN.long().argsort(dim=1, stable=True)[:, : self.positions - self.dropped]
+            met_BK = seen_BN.gather(1, met)
+            x_BLD = x_BLD.gather(1, F.pad(met + 1, (1, 0))[..., None].expand(-1, -1, self.width))
         y_BLD = self.link(self.encoder(x_BLD))
         class_B1D, codes_BKD = y_BLD[:, :1], y_BLD[:, 1:]
-        met_BK = seen_BN if dropped_BN is None else seen_BN[~dropped_BN].view(codes_BKD.shape[:2])
         filled_BND = class_B1D.repeat(1, self.positions, 1).masked_scatter(seen_BN[..., None], codes_BKD[met_BK])
         z_BLD = self.decoder(torch.cat([class_B1D, filled_BND], dim=1) + self.decoder_position)
         return z_BLD[:, 1:][at_BN]
@@ -104,10 +106,9 @@ class MAGE(Masked):
     def masks(self, count: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Which positions (count, N) are masked, a share drawn anew for each image, and which of those are dropped."""
         shares = truncated_normal(count, self.mean_masked, self.std_masked, self.min_masked, 1.0, device)
-        dropped = math.ceil(self.min_masked * self.positions)
-        masked = (shares * self.positions).ceil().clamp(max(1, dropped), self.positions)
+        masked = (shares * self.positions).ceil().clamp(max(1, self.dropped), self.positions)
         order = ranks(torch.rand(count, self.positions, device=device))
-        return order < masked[:, None], order < dropped
+        return order < masked[:, None], order < self.dropped
 
     def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
         """Of the encoder, which meets the whole image."""

@@ -31,7 +31,7 @@ from latticode.priors.base import (
     unfiltered,
 )
 from latticode.priors.schedules import RAMPS, ranks, remask_counts, spread_groups
-from latticode.priors.symbols import Digits, Sequential, nats, table_of
+from latticode.priors.symbols import Digits, Sequential, nats, offsets, table_of
 
 GROUPS = 12  # of the schedule of `bits`; M2T finds the gain of more groups saturated by about 8
 
@@ -54,7 +54,6 @@ class Masked(Prior):
     """
 
     uses = IN_ORDER | {"steps", "noise", "schedule", "guidance_schedule"}
-    offsets: Tensor
 
     def __init__(
         self,
@@ -84,8 +83,7 @@ class Masked(Prior):
         self.mask_token = self.vocab[0]  # stands in the place of a code
 
         sizes, levels = self.symbols.sizes, [1] * len(self.symbols.sizes)
-        self.rows, starts = table_of(sizes, levels)  # of the digits; then come the classes, then MASK
-        self.register_buffer("offsets", starts, persistent=False)
+        self.rows, self.starts = table_of(sizes, levels)  # of the digits; then come the classes, then MASK
         self.embedding = nn.Embedding(self.rows + self.classes + 1, width)
         self.position = nn.Parameter(torch.empty(self.positions + 1, width))  # the class token comes first
         self.input = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout))
@@ -96,6 +94,10 @@ class Masked(Prior):
         self.inner = inner
         for weight in (self.embedding.weight, self.position):
             nn.init.normal_(weight, std=width**-0.5)  # logits of unit variance at first, at any width
+
+    @property
+    def offsets(self) -> Tensor:
+        return offsets(self.starts, device=self.device)
 
     @abstractmethod
     def states(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor, context: Context | None = None) -> Tensor:
@@ -210,7 +212,7 @@ class Masked(Prior):
             one = guided(branches[0], branches[1], guidance) if len(branches) > 1 else branches[0]
             digits.append(draw(filtered(one, sampling), u_MS[:, slot]))
             log_p.append(one.gather(-1, digits[-1][:, None])[:, 0] - one.logsumexp(-1))
-            return self.embedding(digits[-1] + self.offsets[slot]).repeat(len(branches), 1)
+            return self.embedding(digits[-1] + self.starts[slot]).repeat(len(branches), 1)
 
         if self.inner is None:
             for slot, logits in enumerate(self.predicted(y_GMD.flatten(0, 1))):
