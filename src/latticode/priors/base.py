@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Condition(NamedTuple):
         dropped = torch.rand(len(self.labels), device=self.labels.device) < rate
         texts = self.texts
         if any(texts):  # to look at the draws makes a device wait
-            texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+            texts = ["" if drop else text for text, drop in zip(texts, numbers(dropped), strict=True)]
         return Condition(self.labels.masked_fill(dropped, -1), texts, self.images, dropped)
 
     def branches(self, guidance: float) -> Condition:
@@ -204,7 +204,7 @@ class Prior(Pretrained, ABC):
             raise ValueError(f"{name} expects integer codes ({expected}), got {tuple(codes.shape)} {codes.dtype}")
         codes = codes.long()  # few operations know the narrow types that datasets store
         if codes.numel() and not torch.compiler.is_compiling():
-            low, high = (t.tolist() for t in codes.flatten(0, -2).aminmax(dim=0))
+            low, high = (numbers(t) for t in codes.flatten(0, -2).aminmax(dim=0))
             if min(low) < lowest or any(h >= size for h, size in zip(high, self.vocab, strict=True)):
                 raise ValueError(f"{name} expects codes in [{lowest}, {self.vocab}), got {min(low)} to {high}")
         return codes
@@ -256,7 +256,7 @@ class Prior(Pretrained, ABC):
         return self.check_codes(known, lowest=-1).to(self.device, copy=True)
 
     @contextmanager
-    def inference(self) -> Iterator[None]:
+    def inference(self) -> Generator[None]:
         """Eval mode and no gradients inside; the mode of every submodule is restored after.
 
         Not torch's inference mode: a prior is trained on codes that were sampled, and such tensors take no part in
@@ -268,16 +268,27 @@ class Prior(Pretrained, ABC):
 
 
 @contextmanager
-def recorded(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
+def recorded(blocks: nn.ModuleList) -> Generator[list[Tensor]]:
     """Yields a list to which a run of `blocks`, one after another, adds the input of the first and every output."""
     seen: list[Tensor] = []
-    handles = [blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]
-    handles += [block.register_forward_hook(lambda *call: seen.append(call[-1])) for block in blocks]
+
+    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+
+    def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    handles = [blocks[0].register_forward_pre_hook(before), *(block.register_forward_hook(after) for block in blocks)]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def numbers(tensor: Tensor) -> list[Any]:
+    """The numbers of a tensor on the host, in lists within each other."""
+    return tensor.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def check_sampling(sampling: Sampling) -> None:

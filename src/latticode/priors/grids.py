@@ -26,11 +26,12 @@ def ratio_of(vocab: Sequence[int], grid: Sequence[int], name: str) -> int:
 
 def unpacked(codes: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
     """The top grid (B, h, w) and the bottom grid (B, h r, w r) of `codes` (B, h, w, 1 + r r)."""
-    cells = codes[..., 1:].unflatten(-1, (ratio, ratio))  # (B, h, w, r, r)
+    cells = torch.unflatten(codes[..., 1:], -1, (ratio, ratio))  # (B, h, w, r, r)
     return codes[..., 0], cells.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def packed(top: Tensor, bottom: Tensor, ratio: int) -> Tensor:
     """The inverse of `unpacked`."""
-    cells = bottom.unflatten(2, (-1, ratio)).unflatten(1, (-1, ratio)).transpose(2, 3)  # (B, h, w, r, r)
+    rows = torch.unflatten(bottom, 2, (-1, ratio))
+    cells = torch.unflatten(rows, 1, (-1, ratio)).transpose(2, 3)  # (B, h, w, r, r)
     return torch.cat([top[..., None], cells.flatten(3)], dim=-1)

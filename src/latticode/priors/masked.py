@@ -28,6 +28,7 @@ from latticode.priors.base import (
     filtered,
     guided,
     gumbel,
+    numbers,
     unfiltered,
 )
 from latticode.priors.schedules import RAMPS, ranks, remask_counts, spread_groups
@@ -157,7 +158,7 @@ class Masked(Prior):
         sampling = choose.sampling
         unknown = codes_BN < 0
         tokens = codes_BN.masked_fill(unknown, self.mask_token)
-        plans = [remask_counts(n, sampling.steps, sampling.schedule) for n in unknown.sum(1).tolist()]
+        plans = [remask_counts(n, sampling.steps, sampling.schedule) for n in numbers(unknown.sum(1))]
         for step in range(max(map(len, plans), default=0)):
             left = torch.tensor([plan[step] if step < len(plan) else 0 for plan in plans], device=tokens.device)
             u, ratio = noise[:, step], (step + 1) / sampling.steps
@@ -205,10 +206,11 @@ class Masked(Prior):
 
     def _generated(self, y_GMD: Tensor, u_MS: Tensor, sampling: Sampling, guidance: float) -> tuple[Tensor, Tensor]:
         """The digits (M, S) of `_drawn`, and the sum of their log p (M,)."""
-        digits, log_p = [], []
+        digits: list[Tensor] = []
+        log_p: list[Tensor] = []
 
         def choose(slot: int, logits: Tensor) -> Tensor:
-            branches = logits.float().unflatten(0, y_GMD.shape[:2])
+            branches = torch.unflatten(logits.float(), 0, y_GMD.shape[:2])
             one = guided(branches[0], branches[1], guidance) if len(branches) > 1 else branches[0]
             digits.append(draw(filtered(one, sampling), u_MS[:, slot]))
             log_p.append(one.gather(-1, digits[-1][:, None])[:, 0] - one.logsumexp(-1))
@@ -238,7 +240,8 @@ class Masked(Prior):
         """
         h_MD = self.head(y_MD)
         if self.inner is None:
-            return list(F.linear(h_MD, self.embedding.weight[: self.rows], self.bias).split(self.symbols.sizes, dim=-1))
+            logits = F.linear(h_MD, self.embedding.weight[: self.rows], self.bias)
+            return list(torch.split(logits, self.symbols.sizes, dim=-1))
         assert codes_M is not None
         return self.inner(h_MD, self.embedding(self.symbols.split(codes_M[:, None]) + self.offsets))
 
@@ -263,7 +266,7 @@ class Masked(Prior):
         Logits of all positions of a batch would fill memory, which costs more than to compute them.
         """
         size = tile_rows(y_GMD, y_GMD.shape[0] * self.rows)
-        return zip(y_GMD.split(size, dim=1), of_M.split(size), strict=True)
+        return zip(torch.split(y_GMD, size, dim=1), torch.split(of_M, size), strict=True)
 
 
 def projection(text: nn.Module, onto: int) -> nn.Module:

@@ -119,7 +119,7 @@ class Muse(Prior):
         condition = condition.branches(choose.sampling.guidance)
         top, bottom = self._levels(known)
         shapes = self._noise_shapes(choose.sampling)
-        parts = noise.split([math.prod(shape) for shape in shapes], dim=1)
+        parts = torch.split(noise, [math.prod(shape) for shape in shapes], dim=1)
         at_top, at_bottom = (part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True))
         on_top, on_bottom = self._read(condition.texts)
         top = self.top.fill(top, condition.labels, on_top, at_top, choose)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.nn.masked import RasterNetwork, initialise_convolution
-from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates
+from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates, numbers
 from latticode.priors.grids import packed, ratio_of, unpacked
 
 
@@ -167,7 +167,7 @@ def generate(network: RasterNetwork, known: Tensor, condition: Tensor, noise: Te
     """
     codes = known.clamp(min=0)  # what is open is not looked at before it is drawn
     copies = len(condition) // max(len(codes), 1)
-    for n in (known < 0).any(0).flatten().nonzero().flatten().tolist():
+    for n in numbers((known < 0).any(0).flatten().nonzero().flatten()):
         i, j = divmod(n, network.plane[1])
         rows = condition if condition.shape[2] == 1 else condition[:, :, : i + 1]
         logits = network(codes[:, : i + 1].repeat(copies, 1, 1), rows)[:, :, i, j]

@@ -50,7 +50,7 @@ class Digits(nn.Module):
         return torch.where(known[..., None], torch.stack(digits, dim=-1), -1).flatten(-2)
 
     def join(self, symbols: Tensor) -> Tensor:
-        digits = symbols.unflatten(-1, (-1, self.per_code)).unbind(-1)
+        digits = torch.unflatten(symbols, -1, (-1, self.per_code)).unbind(-1)
         return torch.stack([digit * base for digit, base in zip(digits, self._base, strict=True)]).sum(0)
 
 
@@ -70,7 +70,8 @@ def levels_of(sizes: Sequence[int], shared: bool, tops: int = 0) -> list[int]:
 
 def table_of(sizes: Sequence[int], levels: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """The rows of one table of embeddings for all symbols, and the S rows where the alphabet of each begins."""
-    rows, starts, slot = 0, [], 0
+    starts: list[int] = []
+    rows = slot = 0
     for count in levels:
         starts += [rows] * count
         rows += sizes[slot]
@@ -87,7 +88,7 @@ def offsets(starts: Sequence[int]) -> Tensor:
 def nats(logits: Sequence[Tensor], symbols: Tensor, soft: Tensor | None = None, *, smoothing: float = 0.0) -> Tensor:
     """Cross entropy (..., S) of `symbols` (..., S), or of distributions `soft` (..., S, C) in their place, under S
     `logits` (..., size), with label smoothing."""
-    found = []
+    found: list[Tensor] = []
     for slot, p in enumerate(logits):
         target = symbols[..., slot] if soft is None else soft[..., slot, : p.shape[-1]].movedim(-1, 1)
         found.append(F.cross_entropy(p.float().movedim(-1, 1), target, reduction="none", label_smoothing=smoothing))

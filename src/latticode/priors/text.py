@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from latticode.nn.transformer import Transformer
+from latticode.priors.base import numbers
 
 BYTES = 256
 UNFITTED, NO_MERGE = -1, 0  # in the first row of the merges; in the rows that the captions had no pairs for
@@ -44,7 +45,7 @@ class BPE(nn.Module):
         self.size, self.length, self.cut = size, length, cut
         self.register_buffer("merges", torch.full((size - BYTES - 1, 2), UNFITTED, dtype=torch.int32))
         self._encoder: Any = None  # made of the merges when it is first needed
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(BPE._forget)  # pyright: ignore[reportUnknownMemberType]
 
     @property
     def fitted(self) -> bool:
@@ -83,14 +84,18 @@ class BPE(nn.Module):
             row[: len(found)] = torch.tensor(found, dtype=torch.int64)
         return ids.to(self.merges.device)
 
+    def _forget(self, _: Any) -> None:
+        self._encoder = None
+
     def _built(self) -> Any:
         if not self.fitted:
             raise ValueError("the vocabulary is not learned yet: fit it on captions, or load what was trained on some")
         package = _package("tokenizers")
         tokens = _alphabet(package)
         vocabulary = {token: i for i, token in enumerate(tokens)}
-        merges = []
-        for left, right in (self.merges - 1).tolist():
+        merges: list[tuple[str, str]] = []
+        pairs: list[list[int]] = numbers(self.merges - 1)
+        for left, right in pairs:
             if min(left, right) < 0:
                 break
             if max(left, right) >= len(tokens):
@@ -174,11 +179,7 @@ class T5Text(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for encoder in self._frozen:
             encoder._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-
-def _forget(bpe: BPE, _: Any) -> None:
-    bpe._encoder = None
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _normal(text: str) -> str:
