@@ -1,4 +1,4 @@
-"""Convolutions and attention over a plane that look only at what comes before in raster order (row by row).
+"""Masked convolutions and attention of PixelCNNs: they look only at what comes before in raster order (row by row).
 
 B batch, D width, H rows, W columns, N = H W positions in raster order, G heads, E width of a head.
 
@@ -30,6 +30,12 @@ class GatedConv(nn.Module):
     and what the vertical stack says there: together all that comes before, without a blind spot. Both are
     tanh(a + c) sigmoid(b + d), where c and d, linear in the condition, are their biases (equation 4). The paper adds
     the input in the horizontal stack only; without it here as well, the vertical signal shrinks from layer to layer.
+
+    Examples:
+        >>> v, h = shifted(torch.randn(2, 8, 4, 4))
+        >>> v, h = GatedConv(8, kernel=3)(v, h, torch.randn(2, 8, 1, 1))
+        >>> h.shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(self, width: int, kernel: int, dropout: float = 0.0) -> None:
@@ -62,6 +68,11 @@ class RasterAttention(nn.Module):
 
     Queries are made of the features and of the place; keys and values also of the input, which at a former position is
     known, whereas the features there stop short of it. A gated layer brings back what was found.
+
+    Examples:
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> RasterAttention(8, heads=2)(x, x, places((4, 4), device=x.device)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
@@ -100,6 +111,11 @@ class RasterNetwork(nn.Module):
         attention: causal attention after every that many layers; 0 = none.
         heads: of the attention.
         dropout: on each branch.
+
+    Examples:
+        >>> network = RasterNetwork(64, (4, 4), classes=10, width=16, depth=2, kernel=3)
+        >>> network(torch.zeros(2, 4, 4, dtype=torch.int64), network.condition(torch.tensor([3, -1]))).shape
+        torch.Size([2, 64, 4, 4])
     """
 
     def __init__(

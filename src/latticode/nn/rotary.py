@@ -1,4 +1,5 @@
-"""Rotary positions (RoFormer, 2104.09864): a query and a key meet under an angle that their distance sets.
+"""Rotary position embeddings (RoFormer, 2104.09864) over a sequence or a grid (axial): a query and a key meet under an
+angle that their distance sets.
 
 B batch, H heads, L positions, E width of a head, A axes of the grid.
 """

@@ -27,7 +27,13 @@ IN_ORDER = frozenset({"temperature", "guidance", "top_k", "top_p"})  # what one 
 
 
 class Condition(NamedTuple):
-    """What is known of each of B images that are to be generated: a `Conditioning` that was checked, on its device."""
+    """What is known of each of B images that are to be generated: a `Conditioning` that was checked, on its device.
+
+    Examples:
+        >>> condition = Condition(torch.tensor([3, 7]), ["", ""])
+        >>> condition.branches(guidance=1.5).labels  # the conditional branch, then the unconditional one
+        tensor([ 3,  7, -1, -1])
+    """
 
     labels: Tensor  # (B,) int64, -1 = none
     texts: list[str]  # '' = none
@@ -69,6 +75,27 @@ class Prior(Pretrained, ABC):
     Laws, held by `tests/laws/test_priors.py` for every registered class: the probabilities of `bits` sum to 1 over all
     images; a sample depends on its seed and number, not on the batch it is drawn in; known codes are kept; a spec
     rebuilds the module.
+
+    Examples:
+        A prior of one's own, here of codes that are independent of each other:
+
+        >>> from torch import nn
+        >>> class Unigram(Prior):
+        ...     def __init__(self, vocab, grid):
+        ...         super().__init__(vocab, grid, classes=0)
+        ...         self.logits = nn.Parameter(torch.zeros(vocab[0]))
+        ...
+        ...     def _nats(self, codes, condition):
+        ...         return {"cross_entropy": -self.logits.log_softmax(0)[codes]}
+        ...
+        ...     def _draw(self, known, condition, noise, choose):
+        ...         logits = self.logits.expand(known.numel(), -1)
+        ...         return choose(logits, noise.flatten(), known.flatten()).view(known.shape)
+        >>> prior = Unigram([16], [2, 2])
+        >>> prior.bits(torch.zeros(1, 2, 2, 1, dtype=torch.uint8))  # four positions of 4 bits
+        tensor([16.])
+        >>> prior.sample(3, seed=1).shape
+        torch.Size([3, 2, 2, 1])
     """
 
     uses: ClassVar[frozenset[str]] = frozenset(field.name for field in fields(Sampling))  # the others change nothing
@@ -360,6 +387,12 @@ class Chooser:
     """Draws one token after another, guided where the logits have twice as many rows, the unconditional ones behind.
 
     Whether all logits were finite is looked at once in the end (`check`), so that nothing waits for a device.
+
+    Examples:
+        >>> choose = Chooser(Sampling(temperature=0.0), torch.device("cpu"))
+        >>> choose(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0.5]), known=torch.tensor([-1]))
+        tensor([1])
+        >>> choose.check()
     """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:

@@ -1,5 +1,5 @@
 """Contextual RQ-Transformer with draft-and-revise decoding (2206.04452): a bidirectional transformer over positions of
-which some are hidden, and a causal one over the symbols of each hidden position.
+which some are masked, and a causal one over the symbols of each masked position.
 
 B batch, N positions, K codes of a position, S symbols of a position, M positions of the whole batch, D width.
 """
@@ -20,7 +20,9 @@ from latticode.priors.symbols import Digits, Sequential, check_soft, check_targe
 
 
 class ContextualRQ(Prior):
-    """A position is known, and its input is the sum of its symbols' embeddings, or it is hidden with all its codes.
+    """A masked prior for several codes per position (Lee et al. 2022, arXiv 2206.04452).
+
+    A position is known, and its input is the sum of its symbols' embeddings, or it is masked with all its codes.
 
     Unlike MaskGIT's, the codes of a position are drawn one after another, and a position is never kept for the
     confidence in it: every open position is generated once in the draft, and once more in every revision.
@@ -32,11 +34,21 @@ class ContextualRQ(Prior):
         width, depth, heads, mlp: of the transformer over positions; `mlp` is hidden width over width.
         inner_depth: blocks of the transformer over the symbols of a position.
         dropout: on the embeddings and on each branch.
-        label_dropout: probability that training hides the label, for guidance.
-        min_masked: training hides more than this fraction of the positions; else the fraction is cos(pi / 2 r) with r
+        label_dropout: probability that training drops the label, for classifier-free guidance.
+        min_masked: training masks more than this fraction of the positions; else the fraction is cos(pi / 2 r) with r
             uniform, as MaskGIT's.
         style: "gpt" or "llama", of the blocks (`latticode.nn.transformer.Block`).
         digits, shared, soft_labels: as for `GPT`.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Conditioning, Sampling
+        >>> prior = ContextualRQ([64] * 4, [4, 4], classes=10, width=32, depth=2, heads=4, shared=True)
+        >>> codes, cond = torch.randint(64, (2, 4, 4, 4)), Conditioning(torch.tensor([3, 7]))
+        >>> list(prior.loss(codes, cond))  # nats per symbol
+        ['cross_entropy']
+        >>> prior.sample(2, cond, sampling=Sampling(steps=4, revisions=1), seed=1).shape
+        torch.Size([2, 4, 4, 4])
     """
 
     uses = IN_ORDER | {"steps", "revisions", "revise_steps"}
@@ -93,7 +105,7 @@ class ContextualRQ(Prior):
         return self.head(context_MD, self.embedding(symbols_BNS[at_BN] + self.offsets))
 
     def context(self, symbols_BNS: Tensor, hidden_BN: Tensor, labels_B: Tensor) -> Tensor:
-        """What the transformer makes of each position (B, N, D); the symbols of hidden ones are not looked at."""
+        """What the transformer makes of each position (B, N, D); the symbols of masked ones are not looked at."""
         open_BN1 = hidden_BN[..., None]
         known_BND = self.embedding(symbols_BNS.masked_fill(open_BN1, 0) + self.offsets).sum(2)
         label_B1D = self.label(torch.where(labels_B < 0, self.classes, labels_B))[:, None]
@@ -108,7 +120,7 @@ class ContextualRQ(Prior):
         return 1 + sampling.revisions, 1 + len(self.symbols.sizes), self.positions
 
     def _terms(self, codes: Tensor, condition: Condition, soft: Tensor | None = None) -> dict[str, Tensor]:
-        """Of the symbols of hidden positions."""
+        """Of the symbols of masked positions."""
         symbols_BNS = self.symbols.split(codes).flatten(1, -2)
         counts = masked_counts(draw_ratios(len(codes), self.floor, codes.device), self.positions)
         hidden = random_mask(counts, self.positions)

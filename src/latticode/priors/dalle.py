@@ -24,18 +24,31 @@ class DALLE(Prior):
 
     Slot s of the stream holds token s - 1 and predicts token s. Text sees all text before it, an image token all of the
     text and, layer by layer, some of the image tokens before it (`kind_of`, `sparse_mask`). Where a text is too short,
-    every position has a padding token of its own; the empty text is all padding, and what training shows instead of a
-    hidden one.
+    every position has a padding token of its own; the empty text is all padding, and the unconditional branch.
 
     Args:
         vocab: one size; other quantizers than those with one code per position need another prior.
         grid: the last axis is a row, all others together count rows.
         text: fitted on captions (`BPE.fit`) before anything but a state is put in.
-        classes: 0, the prior is told texts.
+        classes: 0, the condition is a text.
         width, depth, heads, mlp: of the transformer; `mlp` is hidden width over width.
         dropout: on the embeddings and on each branch.
-        text_dropout: probability that training hides the text, for guidance; the paper's had none.
+        text_dropout: probability that training drops the text, for classifier-free guidance; the paper's had none.
         kernel: of the convolutional mask, odd; 11 in the paper on a grid of 32 x 32.
+
+    Examples:
+        The vocabulary is learned from captions first; that needs the package `tokenizers`, of the extra `text`.
+
+        >>> import torch
+        >>> from latticode import Conditioning, Sampling
+        >>> bpe = BPE(size=300, length=8)
+        >>> bpe.fit(["a red cat", "a blue cat"])
+        >>> prior = DALLE([64], [4, 4], bpe, width=32, depth=3, heads=4, kernel=3)
+        >>> cond = Conditioning(texts=("a red cat", "a cat"))
+        >>> list(prior.loss(torch.randint(64, (2, 4, 4, 1)), cond))
+        ['text_cross_entropy', 'cross_entropy']
+        >>> prior.sample(2, cond, sampling=Sampling(guidance=1.0), seed=1).shape
+        torch.Size([2, 4, 4, 1])
     """
 
     uses, causal = IN_ORDER, True

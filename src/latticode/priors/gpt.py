@@ -68,7 +68,7 @@ class GPT(Prior):
         classes: 0 = unconditional.
         width, depth, heads, mlp: of the transformer; `mlp` is hidden width over width.
         dropout: on the embeddings and on each branch.
-        label_dropout: probability that training hides the label, for guidance.
+        label_dropout: probability that training drops the label, for classifier-free guidance.
         places: how positions are told apart. "learned": a vector is added to each; "rotary": queries and keys are
             turned by the place in the sequence; "axial": by the coordinates in the grid.
         style: "gpt" or "llama", of the blocks (`latticode.nn.transformer.Block`).
@@ -83,6 +83,20 @@ class GPT(Prior):
         soft_labels: the temperature of the distributions by their distance from which training draws its codes and
             which are the targets in their place (2203.01941, section 3.2.3), for a tokenizer that can `soften`; 0: the
             targets are the tokenizer's codes.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Conditioning, Sampling
+        >>> prior = GPT([64], [4, 4], classes=10, width=32, depth=2, heads=4)
+        >>> codes, cond = torch.randint(64, (2, 4, 4, 1)), Conditioning(torch.tensor([3, 7]))
+        >>> prior.loss(codes, cond)["cross_entropy"].backward()  # nats per symbol
+        >>> prior.bits(codes, cond).shape  # negative log-likelihood of each image
+        torch.Size([2])
+        >>> prompt = codes.clone()
+        >>> prompt[:, 2:] = -1  # the lower half is to be generated
+        >>> drawn = prior.sample(2, cond, sampling=Sampling(guidance=1.5, top_k=20), seed=1, known=prompt)
+        >>> bool((drawn[:, :2] == codes[:, :2]).all())
+        True
     """
 
     uses, causal = IN_ORDER, True
@@ -193,6 +207,14 @@ class GPT(Prior):
         it. `codes` (B, K) are those of the position before, which at the first one are not looked at; `labels` (B,) are
         -1 for none. Of `sampling`, temperature, top-k and top-p count; guidance needs a step of both branches. Raises
         ValueError for a prior that attends to images.
+
+        Examples:
+            >>> prior = GPT([64], [2, 2], classes=10, width=32, depth=2, heads=4).eval()
+            >>> labels, codes, state = torch.tensor([3]), torch.zeros(1, 1, dtype=torch.int64), prior.begin(1)
+            >>> for _ in range(prior.positions):
+            ...     codes, state = prior.step(codes, labels, state, torch.rand(1, 1))
+            >>> state.at
+            tensor([4])
         """
         if self.attends:
             raise ValueError(f"{type(self).__name__} attends to images, a step knows labels alone")

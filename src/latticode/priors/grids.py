@@ -1,4 +1,4 @@
-"""Codes of two grids in one tensor, as a `HierarchicalTokenizer` of two levels packs them.
+"""Packing and unpacking the codes of two grids, as a `HierarchicalTokenizer` of two levels packs them.
 
 At each position of the top grid (h, w) stand its code and then those of the r x r positions of the bottom grid inside
 it, row-major: (B, h, w, 1 + r r).

@@ -1,4 +1,4 @@
-"""The second stage of UViM (arXiv 2205.10337): the guiding code of an image, predicted from the image alone.
+"""The second stage of UViM (arXiv 2205.10337): a prior of the guiding code, conditioned on the image alone.
 
 B batch, S states of the image, C their width.
 """
@@ -28,8 +28,18 @@ class Guide(GPT):
         width, depth, heads, mlp, style, digits, inner_depth, shared: of the decoder, as for `GPT`; the paper's and its
             encoder's are ViT-L's, 1024, 24 and 16.
         dropout: on the embeddings of codes and on each branch; the paper had none.
-        image_dropout: probability that training hides the image, for guidance and samples without one; 0: there has to
-            be an image always.
+        image_dropout: probability that training drops the image, for classifier-free guidance and samples without one;
+            0: there has to be an image always.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Conditioning
+        >>> from latticode.autoencoders.vit import ViTEncoder
+        >>> encoder = ViTEncoder(latent=16, patch=8, width=32, depth=1, heads=2, side=4)
+        >>> prior = Guide([64], [4, 4], encoder, width=32, depth=2, heads=4)
+        >>> cond = Conditioning(images=torch.rand(2, 3, 32, 32) * 2 - 1)
+        >>> prior.sample(2, cond, seed=1).shape
+        torch.Size([2, 4, 4, 1])
     """
 
     sees = True

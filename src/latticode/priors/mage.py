@@ -1,4 +1,4 @@
-"""MAGE (2211.09117): a masked prior whose encoder sees only what is not masked, so that it is worth probing.
+"""MAGE (2211.09117): a masked prior whose encoder sees only what is not masked, so that its features are worth probing.
 
 B batch, N positions, C codes, M masked positions of the whole batch, D width.
 """
@@ -36,8 +36,17 @@ class MAGE(Masked):
         label_smoothing: of the cross entropy.
         min_masked: the least share of masked positions in training, and the share that the encoder does not meet.
         mean_masked, std_masked: of the normal distribution that the share is drawn from, on [min_masked, 1].
-        label_dropout: probability that training hides the label, for guidance.
+        label_dropout: probability that training drops the label, for classifier-free guidance.
         digits, inner_depth: as for `MaskGIT`.
+
+    Examples:
+        >>> import torch
+        >>> prior = MAGE([64], [4, 4], width=32, depth=2, decoder_depth=1, heads=4)
+        >>> codes = torch.randint(64, (2, 4, 4, 1))
+        >>> list(prior.loss(codes))  # nats per masked position
+        ['cross_entropy']
+        >>> [tuple(layer.shape) for layer in prior.features(codes)]  # for a linear probe
+        [(2, 32), (2, 32), (2, 32)]
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What masked priors share: the embedding and the head, the decoding in a few parallel steps, and what it costs.
+"""What masked priors (MaskGIT, Muse, MAGE) share: embedding, head, parallel decoding in a few steps, compression cost.
 
 B batch, N positions, C codes of S digits, M masked positions of the whole batch, D width, T states of a context.
 """

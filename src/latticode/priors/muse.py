@@ -1,4 +1,4 @@
-"""Muse (2301.00704): MaskGIT over a coarse grid of codes, and another over a fine grid that is told the coarse one.
+"""Muse (2301.00704): MaskGIT over a coarse grid of codes, and another over a fine grid that is conditioned on it.
 
 B batch, N positions of the top grid, D width.
 """
@@ -21,7 +21,8 @@ from latticode.priors.maskgit import MaskedTransformer
 
 
 class Muse(Prior):
-    """A prior over the packed codes of a `HierarchicalTokenizer` of two grids, told classes, captions, both or nothing.
+    """A prior over the packed codes of a `HierarchicalTokenizer` of two grids (Chang et al. 2023, arXiv 2301.00704),
+    conditioned on classes, captions, both or nothing.
 
     The codes (B, h, w, 1 + r r) hold at each position the code of the top grid and those of the r x r positions of the
     bottom grid inside it, row-major. The top is a MaskGIT; the bottom, on the (h r, w r) grid, is one whose blocks
@@ -35,10 +36,19 @@ class Muse(Prior):
         bottom_width, bottom_depth: of the bottom.
         encoder_depth: of what the bottom reads the top codes with, in its own width.
         heads, mlp, dropout, label_smoothing, min_masked: of all of them, as for `MaskGIT`.
-        label_dropout: probability that training hides label and text, from both grids at once.
+        label_dropout: probability that training drops label and text, for both grids at once.
         bottom_steps: forward passes of the bottom for each of the top's `sampling.steps`, rounded: it knows the top, so
             it needs fewer (section 2.8: 8 for 24).
         text: what reads captions (`latticode.priors.text`), or None.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Sampling
+        >>> prior = Muse([64] * 5, [2, 2], width=32, depth=1, bottom_width=32, bottom_depth=1, encoder_depth=1, heads=4)
+        >>> list(prior.loss(torch.randint(64, (2, 2, 2, 5))))  # nats per masked position of either grid
+        ['top_cross_entropy', 'cross_entropy']
+        >>> prior.sample(2, sampling=Sampling(steps=6), seed=1).shape  # 6 passes of the top, 2 of the bottom
+        torch.Size([2, 2, 2, 5])
     """
 
     uses = IN_ORDER | {"steps", "noise", "schedule", "guidance_schedule"}

@@ -29,7 +29,16 @@ class PixelCNN(Prior):
         attention: causal attention after every that many layers; 0 = none.
         heads: of the attention.
         dropout: on each branch.
-        label_dropout: probability that training hides the label, for guidance.
+        label_dropout: probability that training drops the label, for classifier-free guidance.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Conditioning, Sampling
+        >>> prior = PixelCNN([64], [4, 4], classes=10, width=32, depth=2, attention=1)  # a PixelSNAIL
+        >>> codes, cond = torch.randint(64, (2, 4, 4, 1)), Conditioning(torch.tensor([3, 7]))
+        >>> prior.loss(codes, cond)["cross_entropy"].backward()  # nats per position
+        >>> prior.sample(2, cond, sampling=Sampling(temperature=0.9), seed=1).shape
+        torch.Size([2, 4, 4, 1])
     """
 
     uses, causal = IN_ORDER, True
@@ -79,8 +88,8 @@ class TwoLevel(Prior):
 
     The codes (B, h, w, 1 + r r) hold at each position the code of the top grid and those of the r x r positions of the
     bottom grid inside it, row-major. The top is a PixelSNAIL; the bottom, on the (h r, w r) grid, a PixelCNN that is
-    told the label and, by convolutions, all top codes. As in the paper it has no attention, whose cost grows with the
-    fourth power of a grid's side, and the top codes already tell it of the whole image.
+    conditioned on the label and, by convolutions, on all top codes. As in the paper it has no attention, whose cost
+    grows with the fourth power of a grid's side, and the top codes already tell it of the whole image.
 
     Args:
         vocab: [C_top, C_bottom, ..., C_bottom], 1 + r r of them.
@@ -88,7 +97,15 @@ class TwoLevel(Prior):
         classes: 0 = unconditional.
         width, depth, kernel, attention, heads: of the top, as for `PixelCNN`.
         bottom_width, bottom_depth: of the bottom, which has the same kernel.
-        dropout, label_dropout: of both; a hidden label is hidden from both.
+        dropout, label_dropout: of both; a label is dropped for both.
+
+    Examples:
+        >>> import torch
+        >>> prior = TwoLevel([64] * 5, [2, 2], width=32, depth=2, attention=1, bottom_width=32, bottom_depth=2)
+        >>> list(prior.loss(torch.randint(64, (2, 2, 2, 5))))  # nats per code of either grid
+        ['top_cross_entropy', 'cross_entropy']
+        >>> prior.sample(2, seed=1).shape
+        torch.Size([2, 2, 2, 5])
     """
 
     uses, causal = IN_ORDER, True
@@ -150,7 +167,7 @@ class TwoLevel(Prior):
         return packed(top, generate(self.bottom, known_bottom, given, at_bottom, choose), self.ratio)
 
     def _condition(self, top: Tensor, labels: Tensor) -> Tensor:
-        """What the bottom is told (B, D, h r, w r)."""
+        """Of the bottom (B, D, h r, w r)."""
         return self.bottom.condition(labels) + self.upsample(self.embedding(top).movedim(-1, 1))
 
 

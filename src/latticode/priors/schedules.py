@@ -1,4 +1,4 @@
-"""How many tokens stay masked, and which come next: pure functions of integers and ratios.
+"""Mask and guidance schedules, and orders of decoding: how many tokens stay masked, and which come next.
 
 `ratio` is the share of the decoding (or the draw of a training step) that is done, in [0, 1]; a schedule gives the
 fraction of tokens that is still masked, 1 at ratio 0 and 0 at ratio 1.

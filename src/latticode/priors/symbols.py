@@ -1,4 +1,4 @@
-"""What stands at one position of a grid, as S symbols of small alphabets, and three ways to predict them.
+"""Codes as symbols of small alphabets (digits), and the three heads that predict the S symbols of a position.
 
 Codes are split into symbols where one softmax over all of them would be too large. M positions of a batch, S symbols of
 a position, K codes of a position, D width. Symbols of one level, which are neighbours, share an embedding and a head.
@@ -30,6 +30,15 @@ class Digits(nn.Module):
         vocab: the number of codes of each of the K code slots.
         sizes: of the digits of every code; None keeps codes whole. Raises ValueError unless their product is each
             entry of `vocab`.
+
+    Examples:
+        >>> import torch
+        >>> digits = Digits([1000], [8, 5, 5, 5])
+        >>> digits.split(torch.tensor([[999], [-1]]))
+        tensor([[ 7,  4,  4,  4],
+                [-1, -1, -1, -1]])
+        >>> digits.join(torch.tensor([[7, 4, 4, 4]]))
+        tensor([[999]])
     """
 
     def __init__(self, vocab: Sequence[int], sizes: Sequence[int] | None) -> None:

@@ -1,7 +1,7 @@
-"""What reads captions for a prior: learned byte pairs with a small transformer, or a frozen T5.
+"""Text encoders of priors with captions: byte pair encoding with a small transformer, or a frozen T5.
 
-A reader is `forward(texts) -> (states (B, L, width), mask (B, L) bool)`. The first state of every text can be attended
-to, so that the empty text, which asks for an unconditional sample, has one too.
+A text encoder is `forward(texts) -> (states (B, L, width), mask (B, L) bool)`. The first state of every text can be
+attended to, so that the empty text, which asks for an unconditional sample, has one too.
 """
 
 from __future__ import annotations
@@ -32,6 +32,14 @@ class BPE(nn.Module):
         size: of the vocabulary, with padding.
         length: tokens that a text may have.
         cut: leave out what is beyond `length`, instead of refusing the text.
+
+    Examples:
+        >>> bpe = BPE(size=270, length=8)
+        >>> bpe.fit(["a red cat", "a blue cat", "a cat"])
+        >>> bpe(["a cat", ""]).shape
+        torch.Size([2, 8])
+        >>> int(bpe([""]).sum())  # the empty text is all padding
+        0
     """
 
     merges: Tensor  # (size - 257, 2) int32
@@ -109,7 +117,18 @@ class BPE(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A bidirectional transformer over the tokens of `bpe`, after a learned start token. Padding is not attended to."""
+    """A bidirectional transformer over the tokens of `bpe`, after a learned start token. Padding is not attended to.
+
+    Examples:
+        >>> bpe = BPE(size=270, length=8)
+        >>> bpe.fit(["a red cat", "a blue cat", "a cat"])
+        >>> reader = TextEncoder(bpe, width=32, depth=1, heads=4)
+        >>> states, mask = reader(["a cat", ""])
+        >>> states.shape
+        torch.Size([2, 9, 32])
+        >>> mask.sum(1).tolist()[1]  # the empty text has a start token alone
+        1
+    """
 
     def __init__(self, bpe: BPE, width: int, depth: int, heads: int):
         super().__init__()
@@ -140,6 +159,15 @@ class T5Text(nn.Module):
     Args:
         name: folder or Hub name of a model with weights as safetensors, e.g. google/flan-t5-base.
         length: tokens that a text may have, with the last.
+
+    Examples:
+        It is downloaded, so this is not run with the tests.
+
+        ```python
+        reader = T5Text("google/flan-t5-base")
+        prior = MaskGIT([1024], [16, 16], text=reader)
+        prior.sample(1, Conditioning(texts=("a photo of a cat",)))
+        ```
     """
 
     def __init__(self, name: str, length: int = 64):
