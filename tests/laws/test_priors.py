@@ -196,6 +196,8 @@ def test_known_codes_are_kept_and_the_rest_is_filled(spec: dict[str, Any]):
     assert torch.equal(result[~hidden], codes[~hidden])
     prior.check_codes(result)
     assert torch.equal(known, codes.masked_fill(hidden, -1))
+    strided = known.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(prior.sample(6, known=strided, sampling=Sampling(steps=5)), result)
     halves = [prior.sample(3, known=known[i : i + 3], sampling=Sampling(steps=5), first=i) for i in (0, 3)]
     assert torch.equal(result, torch.cat(halves))
 
@@ -308,7 +310,7 @@ def test_soft_targets_are_for_those_that_learn_from_them(spec: dict[str, Any]):
             prior.loss(codes, conditioning(prior, 2), soft=torch.zeros(*codes.shape, max(prior.vocab)))
 
 
-INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32)
+INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32)
 
 
 @every_prior

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode.core import registry
-from latticode.core.modules import described, keeping_modes
+from latticode.core.modules import described, device_of, keeping_modes
 from latticode.core.pretrained import Pretrained
 from latticode.core.types import Conditioning, Sampling
 from latticode.kernels.vocabulary import invert
@@ -122,7 +122,7 @@ class Prior(Pretrained, ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return device_of(self)
 
     def forward(self, codes: Tensor, cond: Conditioning | None = None, soft: Tensor | None = None) -> dict[str, Tensor]:
         """`loss`, so that wrappers which call the module (DDP, FSDP2) train a prior."""
@@ -171,7 +171,7 @@ class Prior(Pretrained, ABC):
 
     def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
         """The negative log-likelihood (B,) of each image of `codes` (B, *grid, K), in bits: what an entropy coder needs
-        in the prior's own order. Raises ValueError as `loss`."""
+        in the prior's own order. Raises ValueError for bad codes or conditions."""
         codes = self.check_codes(codes)
         condition = self.check_condition(cond, len(codes))
         with self.inference():
@@ -280,7 +280,8 @@ class Prior(Pretrained, ABC):
             return torch.full((count, *self.grid, len(self.vocab)), -1, device=self.device)
         if len(known) != count:
             raise ValueError(f"expected known codes of {count} images, got {len(known)}")
-        return self.check_codes(known, lowest=-1).to(self.device, copy=True)
+        codes = self.check_codes(known, lowest=-1)
+        return codes.to(self.device, copy=True, memory_format=torch.contiguous_format)
 
     @contextmanager
     def inference(self) -> Generator[None]:
