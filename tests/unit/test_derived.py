@@ -31,7 +31,7 @@ MODES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("name", "count"), zip(MODES, range(11, 16), strict=True))
+@pytest.mark.parametrize(("name", "count"), [*zip(MODES, range(11, 16), strict=True)])
 def test_what_is_kept_serves_every_mode(name: str, count: int) -> None:
     with MODES[name]():
         first = squares(count, device=CPU)
