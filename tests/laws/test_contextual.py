@@ -70,8 +70,8 @@ def test_parts_have_no_favourites():
 @pytest.mark.parametrize("steps", [1, 4, 16, 64])
 def test_every_pass_visits_every_open_position_exactly_once(steps: int, monkeypatch: pytest.MonkeyPatch):
     prior, visits = small(), []
-    original = prior._draw
-    monkeypatch.setattr(prior, "_draw", lambda *inputs: visits.append(inputs[3].clone()) or original(*inputs))
+    original = prior._generate
+    monkeypatch.setattr(prior, "_generate", lambda *inputs: visits.append(inputs[3].clone()) or original(*inputs))
     known = prior.sample(3, seed=9).flatten(1, 2)
     known[0], known[1, 5:] = -1, -1
     known[2, 3, 1] = -1  # one code of one position

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers import Largest
 from latticode import FSQ, LFQ
 from latticode.core.types import Conditioning, Sampling
 from latticode.nn.rotary import rotary_table
 from latticode.priors import GPT, base
+from latticode.priors.base import uniforms
+from latticode.priors.gpt import State
 from latticode.priors.symbols import Digits
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -93,6 +95,31 @@ def test_the_cache_is_as_large_as_on_paper():
     prior.sample(5)
     prior.sample(5, Conditioning(torch.zeros(5, dtype=torch.int64)), sampling=Sampling(guidance=1.0))
     assert [t.nbytes for t in sizes] == [rows * 2 * 3 * 12 * 16 * 4 for rows in (5, 10)]
+
+
+class Step(nn.Module):
+    """What a server that knows no Python is given: one step of decoding."""
+
+    def __init__(self, prior: GPT) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, codes: Tensor, labels: Tensor, state: State, u: Tensor) -> tuple[Tensor, State]:
+        return self.prior.step(codes, labels, state, u)
+
+
+@every_spec
+def test_an_exported_step_decodes_as_the_sampler_does(spec: dict[str, Any]):
+    prior, labels = small(**spec), torch.tensor([0, 1, -1])
+    state, codes = prior.begin(3), torch.zeros(3, len(prior.vocab), dtype=torch.int64)
+    u = uniforms((12, len(prior.symbols.sizes)), 5, 0, 3)
+    step = torch.export.export(Step(prior), (codes, labels, state, u[:, 0])).module()
+    drawn = []
+    for n in range(12):
+        codes, state = step(codes, labels, state, u[:, n])
+        drawn.append(codes)
+    assert torch.equal(torch.stack(drawn, dim=1).view(3, 3, 4, -1), prior.sample(3, Conditioning(labels), seed=5))
+    assert not prior.begin(3).cache.any(), "nothing is written to what was given"
 
 
 # --- order

@@ -107,7 +107,7 @@ def test_loss_is_the_smoothed_cross_entropy_of_masked_positions_alone():
     prior = small(dropout=0.0, label_smoothing=0.2)
     codes = torch.randint(11, (3, 4, 4, 1))
     torch.manual_seed(5)
-    loss = prior.nats(codes.flatten(1), torch.tensor([-1, 0, 1]))
+    loss = prior.training_loss(codes.flatten(1), torch.tensor([-1, 0, 1]))
     torch.manual_seed(5)
     masked, dropped = prior.masks(3)
     tokens = codes.flatten(1).masked_fill(masked, prior.mask_token)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from latticode.core import registry
 from latticode.core.types import Conditioning, Sampling
+from latticode.nn import masked
 from latticode.priors import PixelCNN, TwoLevel
+from latticode.priors.base import Condition
 from latticode.priors.pixelcnn import packed, unpacked
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -112,13 +114,14 @@ def test_the_label_reaches_the_first_position():
     assert len(logits[:, 0].unique(dim=0)) == 3
 
 
-def test_attention_is_told_the_places():
+def test_attention_is_told_the_places(monkeypatch: pytest.MonkeyPatch):
     prior = small(grid=[2, 4], attention=1)
-    assert prior.network.places[:, 0].tolist() == [-0.5] * 4 + [0.5] * 4
-    assert prior.network.places[:, 1].tolist() == [-0.75, -0.25, 0.25, 0.75] * 2
+    places = masked.places((2, 4), device=prior.device)
+    assert places[:, 0].tolist() == [-0.5] * 4 + [0.5] * 4
+    assert places[:, 1].tolist() == [-0.75, -0.25, 0.25, 0.75] * 2
     codes, labels = torch.randint(11, (1, 2, 4)), torch.tensor([0])
     before = logits_of(prior, codes, labels)
-    prior.network.places.zero_()
+    monkeypatch.setattr(masked, "places", lambda plane, device: torch.zeros_like(places))
     changed = (logits_of(prior, codes, labels) != before).any(-1)[0]
     assert changed.tolist() == [False] + [True] * 7, "the first position has nothing to choose from"
 
@@ -269,20 +272,21 @@ def test_levels_are_packed_as_the_tokenizer_does(ratio: int):
 
 def test_each_level_looks_only_back_and_the_bottom_at_all_of_the_top():
     prior = two_level(depth=3, bottom_depth=6)
-    codes, labels = torch.stack([torch.randint(v, (2, 2, 3)) for v in prior.vocab], dim=-1), torch.tensor([0, -1])
+    codes = torch.stack([torch.randint(v, (2, 2, 3)) for v in prior.vocab], dim=-1)
+    condition = Condition(torch.tensor([0, -1]), ["", ""])
     with torch.no_grad():
-        top, bottom = prior._nats(codes, labels)
+        top, bottom = prior._nats(codes, condition).values()
         for n in range(6):
             changed = codes.clone()
             changed[:, n // 3, n % 3, 0] = (changed[:, n // 3, n % 3, 0] + 1) % 5
-            after = prior._nats(changed, labels)
+            after = list(prior._nats(changed, condition).values())
             assert torch.equal(top.flatten(1)[:, :n], after[0].flatten(1)[:, :n])
             assert (top.flatten(1)[:, n:] != after[0].flatten(1)[:, n:]).all()
             assert (bottom != after[1]).any(), "the bottom is told"
         for n in range(24):
             fine = unpacked(codes, 2)[1].flatten(1)
             fine[:, n] = (fine[:, n] + 1) % 7
-            after = prior._nats(packed(codes[..., 0], fine.view(2, 4, 6), 2), labels)
+            after = list(prior._nats(packed(codes[..., 0], fine.view(2, 4, 6), 2), condition).values())
             assert torch.equal(top, after[0])
             assert torch.equal(bottom.flatten(1)[:, :n], after[1].flatten(1)[:, :n])
             assert (bottom.flatten(1)[:, n:] != after[1].flatten(1)[:, n:]).all()

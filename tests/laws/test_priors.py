@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from latticode.core import registry
 from latticode.core.types import Conditioning, Sampling
@@ -120,6 +122,25 @@ def test_a_spec_and_a_state_rebuild_the_prior(spec: dict[str, Any]):
 
 
 @every_prior
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_prior_built_on_the_meta_device_is_what_is_loaded_into_it(spec: dict[str, Any], assign: bool):
+    """What follows from constructor arguments is in no state: it must not be lost with the memory."""
+    prior = build(spec).eval()
+    with torch.device("meta"):
+        loaded = registry.build(spec).eval()
+    with torch.no_grad():
+        for tensor in [*loaded.to_empty(device="cpu").parameters(), *loaded.buffers()]:
+            tensor.fill_(77)
+    loaded.load_state_dict(prior.state_dict(), assign=assign)
+    codes, cond, found = random_codes(prior, 3), conditioning(prior, 3), []
+    for each in (prior, loaded):
+        torch.manual_seed(4)
+        found.append({**each.loss(codes, cond), "bits": each.bits(codes, cond), "sample": each.sample(3, cond)})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert dict(prior.named_buffers()).keys() == prior.state_dict().keys() - dict(prior.named_parameters()).keys()
+
+
+@every_prior
 def test_loss_is_a_finite_scalar_that_reaches_every_parameter(spec: dict[str, Any]):
     prior = build(spec)
     terms = prior.loss(random_codes(prior, 32), conditioning(prior, 32))
@@ -175,6 +196,8 @@ def test_known_codes_are_kept_and_the_rest_is_filled(spec: dict[str, Any]):
     assert torch.equal(result[~hidden], codes[~hidden])
     prior.check_codes(result)
     assert torch.equal(known, codes.masked_fill(hidden, -1))
+    strided = known.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(prior.sample(6, known=strided, sampling=Sampling(steps=5)), result)
     halves = [prior.sample(3, known=known[i : i + 3], sampling=Sampling(steps=5), first=i) for i in (0, 3)]
     assert torch.equal(result, torch.cat(halves))
 
@@ -233,6 +256,88 @@ def test_sampling_and_bits_ignore_and_restore_the_mode(spec: dict[str, Any], tra
     assert not prior.bits(codes).requires_grad
     prior.sample(1, sampling=Sampling(steps=1))
     assert all(module.training is training for module in prior.modules())
+
+
+@every_prior
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("frozen", [0, 1], ids=["in-eval", "in-training"])
+def test_every_submodule_keeps_its_own_mode(
+    spec: dict[str, Any], frozen: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """A part that was set to another mode than the rest is in it still, whatever was called and however that ended."""
+    prior = build(spec).train(not frozen)
+    next(m for m in prior.modules() if isinstance(m, nn.Dropout)).train(bool(frozen))
+    next(m for m in prior.modules() if isinstance(m, nn.Sequential | nn.ModuleList)).train(bool(frozen))
+    modes = {name: module.training for name, module in prior.named_modules()}
+    assert len(set(modes.values())) == 2
+    codes, cond, seen = random_codes(prior, 2), conditioning(prior, 2), []
+    if fails:
+
+        def broken(*_: Any) -> Any:
+            seen.append({module.training for module in prior.modules()})
+            raise ArithmeticError
+
+        for name in ("_terms", "_nats", "_draw"):
+            monkeypatch.setattr(prior, name, broken)
+    for call in (
+        lambda: prior.loss(codes, cond),
+        lambda: prior.bits(codes, cond),
+        lambda: prior.sample(2, cond, sampling=Sampling(steps=1, guidance=1.0)),
+    ):
+        with pytest.raises(ArithmeticError) if fails else nullcontext():
+            call()
+        assert {name: module.training for name, module in prior.named_modules()} == modes
+    assert seen in ([], [{True, False}, {False}, {False}])
+
+
+@every_prior
+def test_forward_is_the_loss(spec: dict[str, Any]):
+    prior = build(spec)
+    codes, cond = random_codes(prior, 4), conditioning(prior, 4)
+    terms = []
+    for call in (prior.loss, prior):
+        torch.manual_seed(1)
+        terms.append(call(codes, cond))
+    assert terms[0] == terms[1]
+
+
+@every_prior
+def test_soft_targets_are_for_those_that_learn_from_them(spec: dict[str, Any]):
+    prior = build(spec)
+    codes = random_codes(prior, 2)
+    if not hasattr(prior, "soft_labels"):
+        with pytest.raises(ValueError, match=r"learns from codes alone, got soft targets \(2, "):
+            prior.loss(codes, conditioning(prior, 2), soft=torch.zeros(*codes.shape, max(prior.vocab)))
+
+
+INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32)
+
+
+@every_prior
+def test_codes_of_every_integer_type_are_taken(spec: dict[str, Any]):
+    """A token dataset stores uint8 or uint16."""
+    prior = build(spec).eval()
+    codes, cond = random_codes(prior, 3), conditioning(prior, 3)
+
+    def answers(codes: torch.Tensor) -> list[torch.Tensor]:
+        torch.manual_seed(4)
+        return [*prior.loss(codes, cond).values(), prior.bits(codes, cond), prior.sample(3, known=codes)]
+
+    expected = answers(codes)
+    for dtype in INTEGERS:
+        assert all(torch.equal(*pair) for pair in zip(expected, answers(codes.to(dtype)), strict=True)), dtype
+    with pytest.raises(ValueError, match=r"expects codes in \[0"):
+        prior.loss(torch.full_like(codes, max(prior.vocab)).to(torch.uint16), cond)
+
+
+@every_prior
+def test_no_images_have_no_loss_and_cost_nothing(spec: dict[str, Any]):
+    prior = build(spec)
+    codes, cond = random_codes(prior, 0), conditioning(prior, 0)
+    with pytest.raises(ValueError, match=r"has no loss of no images, got codes \(0, "):
+        prior.loss(codes, cond)
+    assert prior.bits(codes, cond).shape == (0,)
+    assert prior.sample(0, cond, sampling=Sampling(guidance=1.0)).shape == codes.shape
 
 
 @every_prior

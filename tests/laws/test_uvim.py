@@ -211,7 +211,8 @@ def test_cached_decoding_is_decoding_without_a_cache(temperature: float, inner_d
     )
     codes = prior.sample(3, Conditioning(images=images), sampling=sampling, seed=5)
     u, plain = uniforms((6, 1), 5, 0, 3), torch.zeros(3, 6, 1, dtype=torch.int64)
-    states, none = prior.states(Conditioning(images=images), 3), torch.full((3,), -1)
+    condition = prior.check_condition(Conditioning(images=images), 3)
+    states, none = prior.states(condition), torch.full((3,), -1)
     with torch.no_grad():
         for n in range(6):
             (logits,) = prior.logits(plain, none, states)

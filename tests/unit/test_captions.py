@@ -237,7 +237,12 @@ class Listener(Prior):
         self.text, self.deaf = Reader() if reads else None, deaf
         self.told: list[Conditioning | None] = []
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
+    def _nats(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    _draw = _nats
+
+    def loss(self, codes: Tensor, cond: Conditioning | None = None, soft: Tensor | None = None) -> dict[str, Tensor]:
         self.told.append(cond)
         return {"cross_entropy": torch.zeros(())}
 

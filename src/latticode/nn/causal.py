@@ -1,4 +1,5 @@
-"""Convolutions over time that see no future: what they say of a beginning does not change when more follows."""
+"""Causal convolutions over time, of sound and of video, which see no future: the outputs of a beginning do not change
+when more follows."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 
 class Snake(nn.Module):
     """x + sin^2(a x) / a with one a per channel of (B, C, T), because sound is periodic (Ziyin et al. 2020, arXiv
-    2006.08195, eq. 3)."""
+    2006.08195, eq. 3).
+
+    Examples:
+        >>> Snake(8)(torch.randn(2, 8, 100)).shape
+        torch.Size([2, 8, 100])
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -48,6 +54,10 @@ class Conv1d(_Normed):
     """(B, in, T) -> (B, out, T / stride), zeros around the signal; all of them before it if `causal`.
 
     Causal output t depends on the inputs before (t + 1) * stride only.
+
+    Examples:
+        >>> Conv1d(1, 8, 7, stride=4, causal=True)(torch.randn(2, 1, 100)).shape
+        torch.Size([2, 8, 25])
     """
 
     def __init__(
@@ -75,6 +85,10 @@ class ConvTranspose1d(_Normed):
     """(B, in, t) -> (B, out, t * stride) with a kernel of two strides; the surplus is cut, all behind if `causal`.
 
     Causal outputs t * stride ... (t + 1) * stride - 1 depend on the inputs up to t only.
+
+    Examples:
+        >>> ConvTranspose1d(8, 1, 4)(torch.randn(2, 8, 25)).shape
+        torch.Size([2, 1, 100])
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, causal: bool = False):
@@ -93,6 +107,10 @@ class CausalConv3d(nn.Conv3d):
 
     kernel - 1 frames are put before the first one: copies of it, so that a single image passes through every tap in
     time like a clip without motion. Around the frames there are zeros, below and at the right only where ss is 2.
+
+    Examples:
+        >>> CausalConv3d(3, 8, stride=(2, 2))(torch.randn(1, 3, 5, 16, 16)).shape
+        torch.Size([1, 8, 3, 8, 8])
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: tuple[int, int] = (1, 1)):
@@ -110,7 +128,12 @@ class CausalConv3d(nn.Conv3d):
 
 
 class FrameNorm(nn.GroupNorm):
-    """Group normalisation of every frame of (B, C, T, H, W) by itself: statistics over time would show the future."""
+    """Group normalisation of every frame of (B, C, T, H, W) by itself: statistics over time would show the future.
+
+    Examples:
+        >>> FrameNorm(8, groups=2)(torch.randn(1, 8, 5, 16, 16)).shape
+        torch.Size([1, 8, 5, 16, 16])
+    """
 
     def __init__(self, channels: int, groups: int):
         if channels % groups:
@@ -128,6 +151,10 @@ class CausalUpsample(nn.Module):
     """(B, in, T, H, W) -> (B, out, 1 + (T - 1) * st, H * ss, W * ss): a convolution, then channels to time and space.
 
     The first frame has a position of its own, so the st - 1 frames that would come before it are dropped.
+
+    Examples:
+        >>> CausalUpsample(8, 4, stride=(2, 2))(torch.randn(1, 8, 3, 8, 8)).shape
+        torch.Size([1, 4, 5, 16, 16])
     """
 
     def __init__(self, inputs: int, outputs: int, stride: tuple[int, int]):

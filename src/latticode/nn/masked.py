@@ -1,4 +1,4 @@
-"""Convolutions and attention over a plane that look only at what comes before in raster order (row by row).
+"""Masked convolutions and attention of PixelCNNs: they look only at what comes before in raster order (row by row).
 
 B batch, D width, H rows, W columns, N = H W positions in raster order, G heads, E width of a head.
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.derived import derived
 from latticode.nn.rotary import grid_coordinates
 from latticode.nn.transformer import initialise
 
@@ -29,6 +30,12 @@ class GatedConv(nn.Module):
     and what the vertical stack says there: together all that comes before, without a blind spot. Both are
     tanh(a + c) sigmoid(b + d), where c and d, linear in the condition, are their biases (equation 4). The paper adds
     the input in the horizontal stack only; without it here as well, the vertical signal shrinks from layer to layer.
+
+    Examples:
+        >>> v, h = shifted(torch.randn(2, 8, 4, 4))
+        >>> v, h = GatedConv(8, kernel=3)(v, h, torch.randn(2, 8, 1, 1))
+        >>> h.shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(self, width: int, kernel: int, dropout: float = 0.0) -> None:
@@ -61,6 +68,11 @@ class RasterAttention(nn.Module):
 
     Queries are made of the features and of the place; keys and values also of the input, which at a former position is
     known, whereas the features there stop short of it. A gated layer brings back what was found.
+
+    Examples:
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> RasterAttention(8, heads=2)(x, x, places((4, 4), device=x.device)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
@@ -99,9 +111,12 @@ class RasterNetwork(nn.Module):
         attention: causal attention after every that many layers; 0 = none.
         heads: of the attention.
         dropout: on each branch.
-    """
 
-    places: Tensor
+    Examples:
+        >>> network = RasterNetwork(64, (4, 4), classes=10, width=16, depth=2, kernel=3)
+        >>> network(torch.zeros(2, 4, 4, dtype=torch.int64), network.condition(torch.tensor([3, -1]))).shape
+        torch.Size([2, 64, 4, 4])
+    """
 
     def __init__(
         self,
@@ -131,8 +146,6 @@ class RasterNetwork(nn.Module):
         self.looks = nn.ModuleList(RasterAttention(width, heads, dropout) for _ in range(looks))
         self.head = nn.Sequential(nn.GELU(), nn.Conv2d(width, width, 1), nn.GELU(), nn.Conv2d(width, size, 1))
         self.head.apply(initialise_convolution)
-        places = (grid_coordinates(plane) + 0.5) / torch.tensor(plane) * 2 - 1  # (N, 2) in [-1, 1]
-        self.register_buffer("places", places, persistent=False)
 
     def condition(self, labels: Tensor) -> Tensor:
         """(B, D, 1, 1) of labels (B,), -1 = none."""
@@ -148,8 +161,15 @@ class RasterNetwork(nn.Module):
         for i, layer in enumerate(self.layers, start=1):
             v, h = layer(v, h, condition)
             if self.attention and i % self.attention == 0:
-                h = self.looks[i // self.attention - 1](h, x, self.places[: codes.shape[1:].numel()])
+                at = places(self.plane, device=h.device)[: codes.shape[1:].numel()].to(h.dtype)
+                h = self.looks[i // self.attention - 1](h, x, at)
         return self.head(v + h)  # so that the last layer of the vertical stack has a reader too
+
+
+@derived
+def places(plane: tuple[int, int]) -> Tensor:
+    """(N, 2): where each position lies, row and column in [-1, 1]."""
+    return (grid_coordinates(plane) + 0.5) / torch.tensor(plane) * 2 - 1
 
 
 def gated(x: Tensor, dim: int = 1) -> Tensor:

@@ -1,4 +1,5 @@
-"""Rotary positions (RoFormer, 2104.09864): a query and a key meet under an angle that their distance sets.
+"""Rotary position embeddings (RoFormer, 2104.09864) over a sequence or a grid (axial): a query and a key meet under an
+angle that their distance sets.
 
 B batch, H heads, L positions, E width of a head, A axes of the grid.
 """
@@ -19,12 +20,17 @@ def rotary_table(coordinates_LA: Tensor, head_width: int, base: float = 10000.0)
     divide among the axes.
     """
     axes = coordinates_LA.shape[1]
-    if head_width % (2 * axes):
-        raise ValueError(f"rotary positions need a head width divisible by {2 * axes} (2 per axis), got {head_width}")
+    check_pairs(head_width, axes)
     pairs = head_width // (2 * axes)
     frequencies = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     angles_LE = (coordinates_LA[..., None] * frequencies).flatten(1)
     return torch.stack([angles_LE.cos(), angles_LE.sin()], dim=1).float()
+
+
+def check_pairs(head_width: int, axes: int) -> None:
+    """Raise ValueError unless the pairs of channels of a head divide among the axes."""
+    if head_width % (2 * axes):
+        raise ValueError(f"rotary positions need a head width divisible by {2 * axes} (2 per axis), got {head_width}")
 
 
 def grid_coordinates(grid: Sequence[int]) -> Tensor:

@@ -33,6 +33,10 @@ class Attention(nn.Module):
 
     `mask` is True (or 0.0) where attending is allowed (False or -inf where not) and broadcasts to (B, H, L, L), with a
     `past` to (B, H, M, L). `rotary` (L, 2, E / 2) turns queries and keys (`latticode.nn.rotary`).
+
+    Examples:
+        >>> Attention(16, heads=2)(torch.randn(2, 5, 16), is_causal=True).shape
+        torch.Size([2, 5, 16])
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0, bias: bool = True) -> None:
@@ -70,6 +74,10 @@ class CrossAttention(nn.Module):
 
     The context is (B, S, C), or what `read` has made of it. `mask` (B, S) is True where a state may be attended to; at
     least one for each row.
+
+    Examples:
+        >>> CrossAttention(16, context=8, heads=2)(torch.randn(2, 5, 16), torch.randn(2, 7, 8)).shape
+        torch.Size([2, 5, 16])
     """
 
     def __init__(self, width: int, context: int, heads: int, dropout: float = 0.0, bias: bool = True) -> None:
@@ -93,7 +101,12 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU; `ratio` is hidden width over width."""
+    """Two linear layers around a GELU; `ratio` is hidden width over width.
+
+    Examples:
+        >>> MLP(16)(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+    """
 
     def __init__(self, width: int, ratio: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
@@ -107,7 +120,12 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) without biases (2002.05202); 2 / 3 of MLP's hidden width for as many parameters."""
+    """down(silu(gate(x)) * up(x)) without biases (2002.05202); 2 / 3 of MLP's hidden width for as many parameters.
+
+    Examples:
+        >>> SwiGLU(16)(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+    """
 
     def __init__(self, width: int, ratio: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
@@ -130,6 +148,10 @@ class Block(nn.Module):
     cross_attention(norm(x), context), whose states are taken as they are (1706.03762's decoder).
 
     Style "gpt" has LayerNorm, GELU and biases; "llama" RMSNorm, SwiGLU and no biases (2302.13971).
+
+    Examples:
+        >>> Block(16, heads=2, style="llama")(torch.randn(2, 5, 16), is_causal=True).shape
+        torch.Size([2, 5, 16])
     """
 
     def __init__(
@@ -164,7 +186,17 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """`depth` blocks and a final norm. With `context`, a width, each block attends to states (B, S, context) as well,
-    of which the mask (B, S) bool tells those that are there."""
+    of which the mask (B, S) bool tells those that are there.
+
+    Examples:
+        >>> transformer = Transformer(16, depth=2, heads=2).eval()
+        >>> x, at = torch.randn(2, 5, 16), torch.arange(5)
+        >>> whole, cache = transformer(x, is_causal=True), transformer.cache(2, 5)
+        >>> with torch.no_grad():
+        ...     steps = [transformer.step(x[:, n : n + 1], cache, at[n : n + 1]) for n in range(5)]
+        >>> torch.allclose(torch.cat(steps, 1), whole, atol=1e-5)
+        True
+    """
 
     def __init__(
         self,
@@ -215,7 +247,8 @@ class Transformer(nn.Module):
         Zeros, not whatever was there: what the mask hides still enters attention, times 0.
         """
         shape = (len(self.blocks), 2, batch, self.heads, length, self.width // self.heads)
-        return next(self.parameters()).new_zeros(shape)
+        like = next(self.parameters())
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def step(
         self,
@@ -238,9 +271,9 @@ class Transformer(nn.Module):
             context = None if context is None else self.read(context)
         mask_ML = torch.arange(cache.shape[-2], device=at_M.device) <= at_M[:, None]
         rotary = None if rotary is None else rotary[at_M]
-        for i, (block, (keys, values)) in enumerate(zip(self.blocks, cache, strict=True)):
+        for i, block in enumerate(self.blocks):
             seen = None if context is None else context[i]
-            past = Past(keys, values, at_M)
+            past = Past(cache[i, 0], cache[i, 1], at_M)
             x_BMD = block(x_BMD, mask_ML, rotary=rotary, past=past, context=seen, context_mask=context_mask)
         return self.norm(x_BMD)
 

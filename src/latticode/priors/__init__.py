@@ -1,4 +1,5 @@
-"""Generators over codes."""
+"""Priors: generators over the codes of a tokenizer, autoregressive (GPT, PixelCNN, DALL-E) or masked (MaskGIT, Muse,
+MAGE, ContextualRQ), and text encoders for their captions."""
 
 from latticode.priors.base import Prior
 from latticode.priors.contextual import ContextualRQ

@@ -1,5 +1,5 @@
 """Contextual RQ-Transformer with draft-and-revise decoding (2206.04452): a bidirectional transformer over positions of
-which some are hidden, and a causal one over the symbols of each hidden position.
+which some are masked, and a causal one over the symbols of each masked position.
 
 B batch, N positions, K codes of a position, S symbols of a position, M positions of the whole batch, D width.
 """
@@ -12,15 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning, Sampling
+from latticode.core.types import Sampling
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, uniforms
+from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates
 from latticode.priors.schedules import draw_ratios, masked_counts, random_mask, ranks, ratio_floor, spread_groups
-from latticode.priors.symbols import Digits, Sequential, check_soft, check_targets, levels_of, nats, table_of
+from latticode.priors.symbols import Digits, Sequential, check_soft, check_targets, levels_of, nats, offsets, table_of
 
 
 class ContextualRQ(Prior):
-    """A position is known, and its input is the sum of its symbols' embeddings, or it is hidden with all its codes.
+    """A masked prior for several codes per position (Lee et al. 2022, arXiv 2206.04452).
+
+    A position is known, and its input is the sum of its symbols' embeddings, or it is masked with all its codes.
 
     Unlike MaskGIT's, the codes of a position are drawn one after another, and a position is never kept for the
     confidence in it: every open position is generated once in the draft, and once more in every revision.
@@ -32,15 +34,24 @@ class ContextualRQ(Prior):
         width, depth, heads, mlp: of the transformer over positions; `mlp` is hidden width over width.
         inner_depth: blocks of the transformer over the symbols of a position.
         dropout: on the embeddings and on each branch.
-        label_dropout: probability that training hides the label, for guidance.
-        min_masked: training hides more than this fraction of the positions; else the fraction is cos(pi / 2 r) with r
+        label_dropout: probability that training drops the label, for classifier-free guidance.
+        min_masked: training masks more than this fraction of the positions; else the fraction is cos(pi / 2 r) with r
             uniform, as MaskGIT's.
         style: "gpt" or "llama", of the blocks (`latticode.nn.transformer.Block`).
         digits, shared, soft_labels: as for `GPT`.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Conditioning, Sampling
+        >>> prior = ContextualRQ([64] * 4, [4, 4], classes=10, width=32, depth=2, heads=4, shared=True)
+        >>> codes, cond = torch.randint(64, (2, 4, 4, 4)), Conditioning(torch.tensor([3, 7]))
+        >>> list(prior.loss(codes, cond))  # nats per symbol
+        ['cross_entropy']
+        >>> prior.sample(2, cond, sampling=Sampling(steps=4, revisions=1), seed=1).shape
+        torch.Size([2, 4, 4, 4])
     """
 
     uses = IN_ORDER | {"steps", "revisions", "revise_steps"}
-    offsets: Tensor
 
     def __init__(
         self,
@@ -73,9 +84,8 @@ class ContextualRQ(Prior):
         levels = levels_of(sizes, shared)
 
         self.label = nn.Embedding(self.classes + 1, width)  # the last is 'no label'
-        rows, starts = table_of(sizes, levels)
+        rows, self.starts = table_of(sizes, levels)
         self.embedding = nn.Embedding(rows, width)
-        self.register_buffer("offsets", starts, persistent=False)
         self.hidden = nn.Parameter(torch.empty(width))
         self.place = nn.Parameter(torch.empty(self.positions, width))
         self.drop = nn.Dropout(dropout)
@@ -84,6 +94,10 @@ class ContextualRQ(Prior):
         for weight in (self.label.weight, self.embedding.weight, self.hidden, self.place):
             nn.init.normal_(weight, std=width**-0.5)
 
+    @property
+    def offsets(self) -> Tensor:
+        return offsets(self.starts, device=self.device)
+
     def logits(self, symbols_BNS: Tensor, hidden_BN: Tensor, labels_B: Tensor, at_BN: Tensor) -> list[Tensor]:
         """Logits (M, size) of each of the S symbols at the positions `at_BN`, row-major, given the positions that are
         not `hidden_BN` and the former symbols of their own position."""
@@ -91,111 +105,95 @@ class ContextualRQ(Prior):
         return self.head(context_MD, self.embedding(symbols_BNS[at_BN] + self.offsets))
 
     def context(self, symbols_BNS: Tensor, hidden_BN: Tensor, labels_B: Tensor) -> Tensor:
-        """What the transformer makes of each position (B, N, D); the symbols of hidden ones are not looked at."""
+        """What the transformer makes of each position (B, N, D); the symbols of masked ones are not looked at."""
         open_BN1 = hidden_BN[..., None]
         known_BND = self.embedding(symbols_BNS.masked_fill(open_BN1, 0) + self.offsets).sum(2)
         label_B1D = self.label(torch.where(labels_B < 0, self.classes, labels_B))[:, None]
         x_BLD = torch.cat([label_B1D, torch.where(open_BN1, self.hidden, known_BND) + self.place], dim=1)
         return self.transformer(self.drop(x_BLD))[:, 1:]
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None, soft: Tensor | None = None) -> dict[str, Tensor]:
-        """`cross_entropy`: nats per symbol of the hidden positions of `codes` (B, *grid, K); `soft` as for `GPT`."""
-        self.check_codes(codes)
-        if soft is not None:
-            check_targets(soft, codes, self.symbols)
-        labels = self.labels_of(cond, len(codes))
+    def noise_shape(self, sampling: Sampling) -> tuple[int, ...]:
+        """For each round a draw that cuts the positions into parts, and one for each symbol."""
+        if sampling.revisions < 0 or sampling.revise_steps < 1:
+            got = f"{sampling.revisions} and {sampling.revise_steps}"
+            raise ValueError(f"revisions must be >= 0 and revise_steps >= 1, got {got}")
+        return 1 + sampling.revisions, 1 + len(self.symbols.sizes), self.positions
+
+    def _terms(self, codes: Tensor, condition: Condition, soft: Tensor | None = None) -> dict[str, Tensor]:
+        """Of the symbols of masked positions."""
         symbols_BNS = self.symbols.split(codes).flatten(1, -2)
         counts = masked_counts(draw_ratios(len(codes), self.floor, codes.device), self.positions)
         hidden = random_mask(counts, self.positions)
-        unlabelled = torch.rand(len(codes), device=codes.device) < self.label_dropout
-        logits = self.logits(symbols_BNS, hidden, labels.masked_fill(unlabelled, -1), hidden)
+        logits = self.logits(symbols_BNS, hidden, condition.drop(self.label_dropout).labels, hidden)
         soft_MSC = None if soft is None else soft.flatten(1, -3)[hidden]
         return {"cross_entropy": nats(logits, symbols_BNS[hidden], soft_MSC).mean()}
 
-    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """-log2 p (B,) of each group of positions given those uncovered before, in M2T's fixed order as `MaskGIT.bits`.
+    def _soft_terms(self, codes: Tensor, condition: Condition, soft: Tensor) -> dict[str, Tensor]:
+        check_targets(soft, codes, self.symbols)
+        return self._terms(codes, condition, soft)
+
+    def _nats(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Of each group of positions (B, G) given those uncovered before, in M2T's fixed order as MaskGIT's.
 
         The codes of a position are coded one after another, so what is lost is what the positions of one group share.
         """
-        self.check_codes(codes)
-        labels = self.labels_of(cond, len(codes))
         symbols_BNS = self.symbols.split(codes).flatten(1, -2)
         hidden = torch.ones(symbols_BNS.shape[:2], dtype=torch.bool, device=codes.device)
-        total = torch.zeros(len(codes), device=codes.device)
-        with self.inference():
-            for group in spread_groups(self.grid):
-                at = torch.zeros_like(hidden)
-                at[:, group] = True
-                nats_MS = nats(self.logits(symbols_BNS, hidden, labels, at), symbols_BNS[at])
-                total += nats_MS.view(len(codes), -1).sum(1) / math.log(2)
-                hidden &= ~at
-        return total
+        found: list[Tensor] = []
+        for group in spread_groups(self.grid):
+            at = torch.zeros_like(hidden)
+            at[:, group] = True
+            nats_MS = nats(self.logits(symbols_BNS, hidden, condition.labels, at), symbols_BNS[at])
+            found.append(nats_MS.view(len(codes), len(group) * nats_MS.shape[1]).sum(1))
+            hidden &= ~at
+        return {"cross_entropy": torch.stack(found, dim=1)}
 
-    def sample(
-        self,
-        count: int,
-        cond: Conditioning | None = None,
-        *,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
-        first: int = 0,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Codes (count, *grid, K) by draft-and-revise (2206.04452, section 3.3).
+    def _draw(self, known: Tensor, condition: Condition, noise: Tensor, choose: Chooser) -> Tensor:
+        """Draft-and-revise (2206.04452, section 3.3).
 
         The open positions are cut at random into `sampling.steps` parts of equal size, and part after part is
         generated. Each of `sampling.revisions` rounds cuts them anew, into `sampling.revise_steps` parts, and generates
         each part again given all other positions. One forward pass for each part, twice as wide under guidance, which
-        acts on the revisions alone where there are any, as in the paper: the draft keeps its variety. `noise` and the
-        two schedules have no meaning here. Known codes are kept: a position with an unknown code is open, and of its
-        codes only those before inform a drawn one.
+        acts on the revisions alone where there are any, as in the paper: the draft keeps its variety. Known codes are
+        kept: a position with an unknown code is open, and of its codes only those before inform a drawn one.
         """
-        check_sampling(sampling)
-        if sampling.revisions < 0 or sampling.revise_steps < 1:
-            got = f"{sampling.revisions} and {sampling.revise_steps}"
-            raise ValueError(f"revisions must be >= 0 and revise_steps >= 1, got {got}")
-        labels = self.labels_of(cond, count)
-        symbols = self.symbols.split(self.known_codes(count, known)).flatten(1, -2)
+        sampling = choose.sampling
+        symbols = self.symbols.split(known).flatten(1, -2)
         kept, hidden = symbols.clone(), (symbols < 0).any(-1)
         open_BN = hidden.clone()
-        plan = [sampling.steps, *[sampling.revise_steps] * sampling.revisions]
-        noise = uniforms((len(plan), 1 + symbols.shape[-1], self.positions), seed, first, count).to(self.device)
-        pick = Chooser(sampling, self.device)
-        with self.inference():
-            for turn, steps in enumerate(plan):
-                guided = bool(sampling.guidance) and (turn > 0 or len(plan) == 1)
-                part = partition(noise[:, turn, 0], open_BN, steps)
-                u_BNS = noise[:, turn, 1:].mT
-                for step in range(int(part.max()) + 1 if part.numel() else 0):
-                    at = part == step
-                    hidden |= at
-                    symbols[at] = self._draw(symbols, hidden, labels, at, kept[at], u_BNS[at], pick, guided)
-                    hidden &= ~at
-        pick.check()
-        return self.symbols.join(symbols).view(count, *self.grid, len(self.vocab))
+        guided = condition.branches(sampling.guidance).labels
+        for turn in range(1 + sampling.revisions):
+            part = partition(noise[:, turn, 0], open_BN, sampling.revise_steps if turn else sampling.steps)
+            u_BNS = noise[:, turn, 1:].mT
+            labels = condition.labels if turn == 0 < sampling.revisions else guided
+            for step in range(int(part.max()) + 1 if part.numel() else 0):
+                at = part == step
+                hidden |= at
+                symbols[at] = self._generate(symbols, hidden, labels, at, kept[at], u_BNS[at], choose)
+                hidden &= ~at
+        return self.symbols.join(symbols).view(known.shape)
 
-    def _draw(
+    def _generate(
         self,
         symbols_BNS: Tensor,
         hidden_BN: Tensor,
-        labels_B: Tensor,
+        labels: Tensor,
         at_BN: Tensor,
         kept_MS: Tensor,
         u_MS: Tensor,
-        pick: Chooser,
-        guided: bool,
+        choose: Chooser,
     ) -> Tensor:
-        """Symbols (M, S) at the positions `at_BN`: those of `kept_MS` where they are known, others drawn at `u_MS`."""
-        copies = 2 if guided and bool((labels_B >= 0).any()) else 1
-        rows = torch.cat([labels_B, torch.full_like(labels_B, -1)][:copies])
-        context_BND = self.context(symbols_BNS.repeat(copies, 1, 1), hidden_BN.repeat(copies, 1), rows)
+        """Symbols (M, S) at the positions `at_BN`: those of `kept_MS` where they are known, others drawn at `u_MS`.
+        `labels` are B, or 2 B with those of the unconditional branch behind."""
+        copies = len(labels) // len(at_BN)
+        context_BND = self.context(symbols_BNS.repeat(copies, 1, 1), hidden_BN.repeat(copies, 1), labels)
         drawn: list[Tensor] = []
 
-        def choose(slot: int, logits: Tensor) -> Tensor:
-            drawn.append(pick(logits, u_MS[:, slot], kept_MS[:, slot]))
-            return self.embedding(drawn[-1] + self.offsets[slot]).repeat(copies, 1)
+        def chosen(slot: int, logits: Tensor) -> Tensor:
+            drawn.append(choose(logits, u_MS[:, slot], kept_MS[:, slot]))
+            return self.embedding(drawn[-1] + self.starts[slot]).repeat(copies, 1)
 
-        self.head.generate(context_BND[at_BN.repeat(copies, 1)], choose)
+        self.head.generate(context_BND[at_BN.repeat(copies, 1)], chosen)
         return torch.stack(drawn, dim=-1)
 
 

@@ -5,16 +5,15 @@ B batch, L text positions, N image positions, T = L + N of the stream, M positio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning, Sampling
+from latticode.core.derived import derived
 from latticode.nn.transformer import Past, Transformer, initialise
-from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, recorded, uniforms
+from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates, recorded
 from latticode.priors.text import BPE
 
 KINDS = ("row", "column", "convolution")
@@ -25,22 +24,34 @@ class DALLE(Prior):
 
     Slot s of the stream holds token s - 1 and predicts token s. Text sees all text before it, an image token all of the
     text and, layer by layer, some of the image tokens before it (`kind_of`, `sparse_mask`). Where a text is too short,
-    every position has a padding token of its own; the empty text is all padding, and what training shows instead of a
-    hidden one.
+    every position has a padding token of its own; the empty text is all padding, and the unconditional branch.
 
     Args:
         vocab: one size; other quantizers than those with one code per position need another prior.
         grid: the last axis is a row, all others together count rows.
         text: fitted on captions (`BPE.fit`) before anything but a state is put in.
-        classes: 0, the prior is told texts.
+        classes: 0, the condition is a text.
         width, depth, heads, mlp: of the transformer; `mlp` is hidden width over width.
         dropout: on the embeddings and on each branch.
-        text_dropout: probability that training hides the text, for guidance; the paper's had none.
+        text_dropout: probability that training drops the text, for classifier-free guidance; the paper's had none.
         kernel: of the convolutional mask, odd; 11 in the paper on a grid of 32 x 32.
+
+    Examples:
+        The vocabulary is learned from captions first; that needs the package `tokenizers`, of the extra `text`.
+
+        >>> import torch
+        >>> from latticode import Conditioning, Sampling
+        >>> bpe = BPE(size=300, length=8)
+        >>> bpe.fit(["a red cat", "a blue cat"])
+        >>> prior = DALLE([64], [4, 4], bpe, width=32, depth=3, heads=4, kernel=3)
+        >>> cond = Conditioning(texts=("a red cat", "a cat"))
+        >>> list(prior.loss(torch.randint(64, (2, 4, 4, 1)), cond))
+        ['text_cross_entropy', 'cross_entropy']
+        >>> prior.sample(2, cond, sampling=Sampling(guidance=1.0), seed=1).shape
+        torch.Size([2, 4, 4, 1])
     """
 
     uses, causal = IN_ORDER, True
-    masks: Tensor
     text: BPE
 
     def __init__(
@@ -79,8 +90,6 @@ class DALLE(Prior):
         self.transformer = Transformer(width, depth, heads, mlp, dropout)
         self.text_head = nn.Linear(width, text.size)  # 0: the text has ended
         self.head = nn.Linear(width, self.vocab[0])
-        masks = [sparse_mask(kind, text.length, self.positions, self.grid[-1], kernel) for kind in KINDS]
-        self.register_buffer("masks", torch.stack(masks), persistent=False)
         self.kinds = [kind_of(layer, depth) for layer in range(1, depth + 1)]
         places = (self.start, self.padding, self.text_place, self.row, self.column)
         for weight in (*places, self.text_embedding.weight, self.embedding.weight):
@@ -91,7 +100,9 @@ class DALLE(Prior):
     def context(self, x_BMD: Tensor, at_M: Tensor, cache: Tensor | None = None) -> Tensor:
         """What the transformer makes (B, M, D) of the embedded slots `at_M`: the first M, or those that come after what
         `cache` has seen (`Transformer.cache`), which is written to."""
-        masks = self.masks[:, at_M] if cache is not None else self.masks[:, at_M][:, :, at_M]
+        of = self.text.length, self.positions, self.grid[-1], self.kernel
+        masks = sparse_masks(*of, device=at_M.device)[:, at_M]
+        masks = masks if cache is not None else masks[:, :, at_M]
         for layer, (block, kind) in enumerate(zip(self.transformer.blocks, self.kinds, strict=True)):
             past = None if cache is None else Past(cache[layer, 0], cache[layer, 1], at_M)
             x_BMD = block(x_BMD, masks[KINDS.index(kind)], past=past)
@@ -103,12 +114,10 @@ class DALLE(Prior):
         length = self.text.length
         return self.text_head(context_BTD[:, :length]), self.head(context_BTD[:, length:])
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
-        """`cross_entropy`, nats per position of `codes` (B, *grid, 1), and `text_cross_entropy`, nats per token of the
-        texts that are not hidden, with the end of each; DALL-E weighs them 7/8 and 1/8."""
-        ids_BL, codes_BN = self._read(codes, cond)
-        hidden_B = torch.rand(len(codes), device=codes.device) < self.text_dropout
-        ids_BL = ids_BL.masked_fill(hidden_B[:, None], 0)
+    def _terms(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Also `text_cross_entropy`, per token of the texts that are not dropped, with the end of each; DALL-E weighs
+        the two 1/8 and the image 7/8."""
+        ids_BL, codes_BN = self._ids(condition.drop(self.text_dropout)), codes.flatten(1)
         text, image = self.logits(ids_BL, codes_BN)
         counted = torch.cat([ids_BL[:, :1], ids_BL[:, :-1]], dim=1) > 0  # what follows a token, and the first one
         nats_BL = F.cross_entropy(text.float().mT, ids_BL, reduction="none")
@@ -117,72 +126,52 @@ class DALLE(Prior):
             "cross_entropy": F.cross_entropy(image.float().mT, codes_BN),
         }
 
-    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """-log2 p(image | text) (B,) of each of `codes` (B, *grid, 1), in one forward pass; the text's are not in."""
-        ids_BL, codes_BN = self._read(codes, cond)
-        with self.inference():
-            _, logits = self.logits(ids_BL, codes_BN)
-            return F.cross_entropy(logits.float().mT, codes_BN, reduction="none").sum(1) / math.log(2)
+    def _nats(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Of each position (B, N) of the image given the text, in one forward pass; those of the text are not in."""
+        codes_BN = codes.flatten(1)
+        _, logits = self.logits(self._ids(condition), codes_BN)
+        return {"cross_entropy": F.cross_entropy(logits.float().mT, codes_BN, reduction="none")}
 
-    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
-        """Means (B, D) over the slots that predict the image, of the embedding and after each block."""
+    def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
+        """Over the slots that predict the image."""
         with recorded(self.transformer.blocks) as seen:
-            self._stream(*self._read(codes, cond))
+            self._stream(self._ids(condition), codes.flatten(1))
         return [x_BTD[:, self.text.length :].mean(1) for x_BTD in seen]
 
-    def sample(
-        self,
-        count: int,
-        cond: Conditioning | None = None,
-        *,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
-        first: int = 0,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Codes (count, *grid, 1): one pass over the text, then one over each position, twice as wide under guidance.
+    def _draw(self, known: Tensor, condition: Condition, noise: Tensor, choose: Chooser) -> Tensor:
+        """One pass over the text, then one over each position, twice as wide under guidance.
 
-        Of `sampling`, what is not in `uses` has no meaning here. Known codes are kept and the others
-        drawn given all that stands before them; what is known behind a position does not inform it.
+        Known codes are kept and the others drawn given all that stands before them; what is known behind a position
+        does not inform it.
         """
-        check_sampling(sampling)
-        self.labels_of(cond, count)
-        texts = self.texts_of(cond, count)
-        codes_BN = self.known_codes(count, known).view(count, self.positions).clone()
-        known_BN = codes_BN >= 0
-        noise = uniforms((self.positions,), seed, first, count).to(self.device)
-        copies = 2 if sampling.guidance and any(texts) else 1
-        pick = Chooser(sampling, self.device)
-        with self.inference():
-            slots = torch.arange(self.text.length + self.positions, device=self.device)
-            cache = self.transformer.cache(copies * count, len(slots))
-            ids_BL = self.text([*texts, *[""] * count][: copies * count]).to(self.device)
-            ready = int(known_BN.all(0).long().cumprod(0).sum())  # first positions that no image has open
-            x_BMD = torch.cat([self._told(ids_BL), self._seen(codes_BN[:, :ready].repeat(copies, 1))], dim=1)
-            for n in range(ready, self.positions):
-                slot = self.text.length + n
-                context_BMD = self.context(x_BMD, slots[slot + 1 - x_BMD.shape[1] : slot + 1], cache)
-                codes_BN[:, n] = pick(self.head(context_BMD[:, -1]), noise[:, n], codes_BN[:, n])
-                x_BMD = self._seen(codes_BN[:, n : n + 1].repeat(copies, 1), n)
-        pick.check()
-        return codes_BN.view(count, *self.grid, 1)
+        codes_BN = known.view(len(known), self.positions)
+        ids_BL = self._ids(condition.branches(choose.sampling.guidance))
+        copies = len(ids_BL) // max(len(known), 1)
+        slots = torch.arange(self.text.length + self.positions, device=known.device)
+        cache = self.transformer.cache(len(ids_BL), len(slots))
+        ready = int((codes_BN >= 0).all(0).long().cumprod(0).sum())  # first positions that no image has open
+        x_BMD = torch.cat([self._text_slots(ids_BL), self._image_slots(codes_BN[:, :ready].repeat(copies, 1))], dim=1)
+        for n in range(ready, self.positions):
+            slot = self.text.length + n
+            context_BMD = self.context(x_BMD, slots[slot + 1 - x_BMD.shape[1] : slot + 1], cache)
+            codes_BN[:, n] = choose(self.head(context_BMD[:, -1]), noise[:, n, 0], codes_BN[:, n])
+            x_BMD = self._image_slots(codes_BN[:, n : n + 1].repeat(copies, 1), n)
+        return known
 
-    def _read(self, codes: Tensor, cond: Conditioning | None) -> tuple[Tensor, Tensor]:
-        """Text (B, L) and image (B, N) tokens."""
-        self.check_codes(codes)
-        self.labels_of(cond, len(codes))
-        return self.text(self.texts_of(cond, len(codes))).to(codes.device), codes.flatten(1)
+    def _ids(self, condition: Condition) -> Tensor:
+        """The tokens (B, L) of the texts."""
+        return self.text(condition.texts).to(self.device)
 
     def _stream(self, ids_BL: Tensor, codes_BN: Tensor) -> Tensor:
-        x_BTD = torch.cat([self._told(ids_BL), self._seen(codes_BN[:, :-1])], dim=1)
+        x_BTD = torch.cat([self._text_slots(ids_BL), self._image_slots(codes_BN[:, :-1])], dim=1)
         return self.context(self.drop(x_BTD), torch.arange(x_BTD.shape[1], device=x_BTD.device))
 
-    def _told(self, ids_BL: Tensor) -> Tensor:
+    def _text_slots(self, ids_BL: Tensor) -> Tensor:
         """The slots (B, 1 + L, D) of start and text."""
         x_BLD = torch.where(ids_BL[..., None] > 0, self.text_embedding(ids_BL), self.padding) + self.text_place
         return torch.cat([self.start.expand(len(ids_BL), 1, -1), x_BLD], dim=1)
 
-    def _seen(self, codes_BM: Tensor, first: int = 0) -> Tensor:
+    def _image_slots(self, codes_BM: Tensor, first: int = 0) -> Tensor:
         """The slots (B, M, D) of the image tokens from position `first` on."""
         at = torch.arange(first, first + codes_BM.shape[1], device=codes_BM.device)
         return self.embedding(codes_BM) + self.row[at // self.grid[-1]] + self.column[at % self.grid[-1]]
@@ -193,6 +182,12 @@ def kind_of(layer: int, depth: int) -> str:
     if layer == depth:
         return "convolution"
     return "column" if (layer - 2) % 4 == 0 else "row"
+
+
+@derived
+def sparse_masks(length: int, positions: int, columns: int, kernel: int) -> Tensor:
+    """(3, T, T) bool: `sparse_mask` of each of `KINDS`."""
+    return torch.stack([sparse_mask(kind, length, positions, columns, kernel) for kind in KINDS])
 
 
 def sparse_mask(kind: str, length: int, positions: int, columns: int, kernel: int) -> Tensor:

@@ -6,18 +6,30 @@ B batch, N positions, K codes of a position, S symbols of a position, D width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning, Sampling
-from latticode.nn.rotary import grid_coordinates, rotary_table
+from latticode.core.derived import derived
+from latticode.core.types import Sampling
+from latticode.nn.rotary import check_pairs, grid_coordinates, rotary_table
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, recorded, uniforms
+from latticode.priors.base import (
+    DEFAULT,
+    IN_ORDER,
+    Chooser,
+    Condition,
+    Prior,
+    check_rates,
+    draw,
+    filtered,
+    means,
+    recorded,
+)
 from latticode.priors.symbols import (
     Digits,
     Joint,
@@ -27,11 +39,19 @@ from latticode.priors.symbols import (
     check_targets,
     levels_of,
     nats,
+    offsets,
     table_of,
 )
 
 SPAN = 64  # attention reads the cache up to the next multiple: half the work in the mean, and few shapes to compile
 PLACES = ("learned", "rotary", "axial")
+
+
+class State(NamedTuple):
+    """How far an image is decoded (`GPT.step`)."""
+
+    cache: Tensor  # (depth, 2, B, H, N, E), keys and values of the positions before
+    at: Tensor  # (1,) int64, the position that comes next
 
 
 class GPT(Prior):
@@ -48,7 +68,7 @@ class GPT(Prior):
         classes: 0 = unconditional.
         width, depth, heads, mlp: of the transformer; `mlp` is hidden width over width.
         dropout: on the embeddings and on each branch.
-        label_dropout: probability that training hides the label, for guidance.
+        label_dropout: probability that training drops the label, for classifier-free guidance.
         places: how positions are told apart. "learned": a vector is added to each; "rotary": queries and keys are
             turned by the place in the sequence; "axial": by the coordinates in the grid.
         style: "gpt" or "llama", of the blocks (`latticode.nn.transformer.Block`).
@@ -63,12 +83,24 @@ class GPT(Prior):
         soft_labels: the temperature of the distributions by their distance from which training draws its codes and
             which are the targets in their place (2203.01941, section 3.2.3), for a tokenizer that can `soften`; 0: the
             targets are the tokenizer's codes.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Conditioning, Sampling
+        >>> prior = GPT([64], [4, 4], classes=10, width=32, depth=2, heads=4)
+        >>> codes, cond = torch.randint(64, (2, 4, 4, 1)), Conditioning(torch.tensor([3, 7]))
+        >>> prior.loss(codes, cond)["cross_entropy"].backward()  # nats per symbol
+        >>> prior.bits(codes, cond).shape  # negative log-likelihood of each image
+        torch.Size([2])
+        >>> prompt = codes.clone()
+        >>> prompt[:, 2:] = -1  # the lower half is to be generated
+        >>> drawn = prior.sample(2, cond, sampling=Sampling(guidance=1.5, top_k=20), seed=1, known=prompt)
+        >>> bool((drawn[:, :2] == codes[:, :2]).all())
+        True
     """
 
     uses, causal = IN_ORDER, True
     attends: int = 0  # width of the states that the transformer attends to beside the codes, of a subclass (`states`)
-    rotary: Tensor | None
-    offsets: Tensor
 
     def __init__(
         self,
@@ -111,11 +143,11 @@ class GPT(Prior):
         levels = levels_of(sizes, shared, self.first)
 
         self.label = nn.Embedding(self.classes + 1, width)  # the last is 'no label'
-        rows, starts = table_of(sizes, levels)
+        rows, self.starts = table_of(sizes, levels)
         self.embedding = nn.Embedding(rows, width)
-        self.register_buffer("offsets", starts, persistent=False)
         self.place = nn.Parameter(torch.empty(self.positions, width)) if places == "learned" else None
-        self.register_buffer("rotary", self._rotary(), persistent=False)
+        if places != "learned":
+            check_pairs(width // heads, len(self._axes))
         self.drop = nn.Dropout(dropout)
         self.transformer = Transformer(width, depth, heads, mlp, dropout, style, context=self.attends)
         inner = (sizes, width, inner_depth, heads, mlp, dropout, style, levels)
@@ -127,6 +159,21 @@ class GPT(Prior):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         if self.place is not None:
             nn.init.normal_(self.place, std=width**-0.5)
+
+    @property
+    def offsets(self) -> Tensor:
+        return offsets(self.starts, device=self.device)
+
+    @property
+    def rotary(self) -> Tensor | None:
+        """The class stands at 0, the codes from 1 on along each axis: only distances between codes matter."""
+        if self.places == "learned":
+            return None
+        return sequence_table(self._axes, self.width // self.heads, device=self.device).to(self.label.weight.dtype)
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        return tuple(self.grid) if self.places == "axial" else (self.positions,)
 
     def logits(self, symbols_BNS: Tensor, labels_B: Tensor, states: Tensor | None = None) -> list[Tensor]:
         """Logits (B, N, size) of each of the S symbols of every position, given all that stands before it.
@@ -145,103 +192,108 @@ class GPT(Prior):
         places = torch.arange(x_BND.shape[1], device=x_BND.device)
         return self.transformer(self._placed(x_BND, places), is_causal=True, rotary=self.rotary, context=states)
 
-    def states(self, cond: Conditioning | None, count: int, hidden: Tensor | None = None) -> Tensor | None:
-        """What the transformer attends to beside the codes, (count, S, attends), without the condition where `hidden`
-        (count,). None: nothing."""
+    def begin(self, count: int) -> State:
+        """The state of `count` images of which nothing is decoded."""
+        at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return State(self.transformer.cache(count, self.positions), at)
+
+    @torch.no_grad()
+    def step(
+        self, codes: Tensor, labels: Tensor, state: State, u: Tensor, sampling: Sampling = DEFAULT
+    ) -> tuple[Tensor, State]:
+        """One step of decoding as a pure function of tensors that `torch.export` accepts, in eval mode.
+
+        Codes (B, K) of the position `state.at`, drawn at uniform `u` (B, S), one for each symbol, and the state after
+        it. `codes` (B, K) are those of the position before, which at the first one are not looked at; `labels` (B,) are
+        -1 for none. Of `sampling`, temperature, top-k and top-p count; guidance needs a step of both branches. Raises
+        ValueError for a prior that attends to images.
+
+        Examples:
+            >>> prior = GPT([64], [2, 2], classes=10, width=32, depth=2, heads=4).eval()
+            >>> labels, codes, state = torch.tensor([3]), torch.zeros(1, 1, dtype=torch.int64), prior.begin(1)
+            >>> for _ in range(prior.positions):
+            ...     codes, state = prior.step(codes, labels, state, torch.rand(1, 1))
+            >>> state.at
+            tensor([4])
+        """
+        if self.attends:
+            raise ValueError(f"{type(self).__name__} attends to images, a step knows labels alone")
+        symbols: list[Tensor] = []
+
+        def chosen(slot: int, logits: Tensor) -> Tensor:
+            symbols.append(draw(filtered(logits.float(), sampling), u[:, slot]))
+            return self.embedding(symbols[-1] + self.starts[slot])
+
+        cache, at = state.cache.clone(), state.at
+        before_B1D = self.embedding(self.symbols.split(codes) + self.offsets).sum(1, keepdim=True)
+        x_B1D = torch.where(at == 0, self._start(labels), before_B1D)
+        context_B1D = self.transformer.step(self._placed(x_B1D, at), cache, at, self.rotary)
+        self.head.generate(context_B1D[:, 0], chosen)
+        return self.symbols.join(torch.stack(symbols, dim=-1)), State(cache, at + 1)
+
+    def states(self, condition: Condition) -> Tensor | None:
+        """What the transformer attends to beside the codes, (B, S, attends). None: nothing."""
         return None
 
-    def told(self, cond: Conditioning | None, labels_B: Tensor) -> bool:
-        """Whether there is a condition that guidance could hide."""
-        return bool((labels_B >= 0).any())
+    def branches(self, condition: Condition, guidance: float) -> Condition:
+        """The conditional branch and, if it is needed, the unconditional one."""
+        return condition.branches(guidance)
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None, soft: Tensor | None = None) -> dict[str, Tensor]:
-        """`cross_entropy`: nats per symbol of `codes` (B, *grid, K), with `tops` apart from `top_cross_entropy`.
+    def noise_shape(self, sampling: Sampling) -> tuple[int, ...]:
+        return self.positions, len(self.symbols.sizes)
 
-        The targets are the codes, or `soft` (B, *grid, K, C), the distributions that they were drawn from.
-        """
-        self.check_codes(codes)
-        if soft is not None:
-            check_targets(soft, codes, self.symbols)
-        labels = self.labels_of(cond, len(codes))
-        hidden = torch.rand(len(codes), device=codes.device) < self.label_dropout
-        states = self.states(cond, len(codes), hidden)
-        nats_BNS = self._nats(codes, labels.masked_fill(hidden, -1), soft, states)
-        if not self.tops:
-            return {"cross_entropy": nats_BNS.mean()}
-        top_BNS, bottom_BNS = nats_BNS.tensor_split([self.first], dim=-1)
-        return {"top_cross_entropy": top_BNS.mean(), "cross_entropy": bottom_BNS.mean()}
-
-    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """-log2 p (B,) of each image of `codes` (B, *grid, K), in one forward pass."""
-        self.check_codes(codes)
-        labels = self.labels_of(cond, len(codes))
-        with self.inference():
-            return self._nats(codes, labels, states=self.states(cond, len(codes))).sum((1, 2)) / math.log(2)
-
-    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
-        """Means (B, D) over the slots that predict the positions, of the embedding and after each block of the
-        transformer over them. The last position is predicted only, so nothing tells of its codes."""
-        self.check_codes(codes)
-        labels = self.labels_of(cond, len(codes))
-        embedded_BNSD = self.embedding(self.symbols.split(codes).flatten(1, -2) + self.offsets)
-        with recorded(self.transformer.blocks) as seen:
-            self.context(embedded_BNSD[:, :-1].sum(2), labels, self.states(cond, len(codes)))
-        return [x_BND.mean(1) for x_BND in seen]
-
-    def sample(
-        self,
-        count: int,
-        cond: Conditioning | None = None,
-        *,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
-        first: int = 0,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Codes (count, *grid, K): one pass over one position for each, twice as wide under guidance.
-
-        Of `sampling`, `steps`, `noise` and `schedule` have no meaning here; temperature, top-k and top-p act on each
-        symbol. Known codes are kept and the others drawn given all that stands before them: an image prompt. What is
-        known behind a position does not inform it, as in any autoregression.
-        """
-        check_sampling(sampling)
-        labels = self.labels_of(cond, count)
-        symbols_BNS = self.symbols.split(self.known_codes(count, known)).flatten(1, -2)
-        known_BNS = symbols_BNS >= 0
-        noise = uniforms(symbols_BNS.shape[1:], seed, first, count).to(self.device)
-        copies = 2 if sampling.guidance and self.told(cond, labels) else 1
-        pick = Chooser(sampling, self.device)
-
-        def choose(n: int, slot: int, logits: Tensor) -> Tensor:
-            symbols_BNS[:, n, slot] = pick(logits, noise[:, n, slot], symbols_BNS[:, n, slot])
-            return self.embedding(symbols_BNS[:, n, slot] + self.offsets[slot]).repeat(copies, 1)
-
-        with self.inference():
-            places = torch.arange(self.positions, device=self.device)
-            cache = self.transformer.cache(copies * count, self.positions)
-            ready = int(known_BNS.all(2).all(0).long().cumprod(0).sum())  # first positions that no image has open
-            prompt = self.embedding(symbols_BNS[:, :ready] + self.offsets).sum(2).repeat(copies, 1, 1)
-            rows = torch.cat([labels, torch.full_like(labels, -1)][:copies])
-            all_hidden = torch.ones_like(labels, dtype=torch.bool)
-            told = [self.states(cond, count, hidden) for hidden in (None, all_hidden)[:copies]]
-            parts = [part for part in told if part is not None]
-            states = self.transformer.read(torch.cat(parts)) if parts else None
-            x_BMD = torch.cat([self._start(rows), prompt], dim=1)
-            for n in range(ready, self.positions):
-                at = places[n + 1 - x_BMD.shape[1] : n + 1]
-                so_far = cache[..., : (n // SPAN + 1) * SPAN, :]
-                context_BMD = self.transformer.step(self._placed(x_BMD, at), so_far, at, self.rotary, states)
-                x_BMD = self.head.generate(context_BMD[:, -1], partial(choose, n))[:, None]
-        pick.check()
-        return self.symbols.join(symbols_BNS).view(count, *self.grid, len(self.vocab))
-
-    def _nats(
-        self, codes: Tensor, labels_B: Tensor, soft: Tensor | None = None, states: Tensor | None = None
-    ) -> Tensor:
-        """-log p (B, N, S) of each symbol given those before, or its mean under `soft` (B, *grid, K, C)."""
+    def _nats(self, codes: Tensor, condition: Condition, soft: Tensor | None = None) -> dict[str, Tensor]:
+        """Of each symbol (B, N, S) given those before; its mean under `soft` (B, *grid, K, C)."""
         symbols_BNS = self.symbols.split(codes).flatten(1, -2)
         soft_BNSC = None if soft is None else soft.flatten(1, -3)
-        return nats(self.logits(symbols_BNS, labels_B, states), symbols_BNS, soft_BNSC)
+        logits = self.logits(symbols_BNS, condition.labels, self.states(condition))
+        nats_BNS = nats(logits, symbols_BNS, soft_BNSC)
+        if not self.tops:
+            return {"cross_entropy": nats_BNS}
+        top_BNS, bottom_BNS = nats_BNS.tensor_split([self.first], dim=-1)
+        return {"top_cross_entropy": top_BNS, "cross_entropy": bottom_BNS}
+
+    def _soft_terms(self, codes: Tensor, condition: Condition, soft: Tensor) -> dict[str, Tensor]:
+        check_targets(soft, codes, self.symbols)
+        return means(self._nats(codes, condition.drop(self.label_dropout), soft))
+
+    def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
+        """Over the slots that predict the positions. The last position is predicted only, so nothing tells of its
+        codes."""
+        embedded_BNSD = self.embedding(self.symbols.split(codes).flatten(1, -2) + self.offsets)
+        with recorded(self.transformer.blocks) as seen:
+            self.context(embedded_BNSD[:, :-1].sum(2), condition.labels, self.states(condition))
+        return [x_BND.mean(1) for x_BND in seen]
+
+    def _draw(self, known: Tensor, condition: Condition, noise: Tensor, choose: Chooser) -> Tensor:
+        """One pass over one position for each, twice as wide under guidance.
+
+        Temperature, top-k and top-p act on each symbol. Known codes are kept and the others drawn given all that stands
+        before them: an image prompt. What is known behind a position does not inform it, as in any autoregression.
+        """
+        symbols_BNS = self.symbols.split(known).flatten(1, -2)
+        condition = self.branches(condition, choose.sampling.guidance)
+        rows, count = len(condition.labels), len(known)
+        copies = rows // max(count, 1)
+
+        def chosen(n: int, slot: int, logits: Tensor) -> Tensor:
+            symbols_BNS[:, n, slot] = choose(logits, noise[:, n, slot], symbols_BNS[:, n, slot])
+            return self.embedding(symbols_BNS[:, n, slot] + self.starts[slot]).repeat(copies, 1)
+
+        places = torch.arange(self.positions, device=known.device)
+        cache = self.transformer.cache(rows, self.positions)
+        # the first positions that no image has open
+        ready = int((symbols_BNS >= 0).all(2).all(0).long().cumprod(0).sum())
+        prompt = self.embedding(symbols_BNS[:, :ready] + self.offsets).sum(2).repeat(copies, 1, 1)
+        states = self.states(condition)
+        states = None if states is None else self.transformer.read(states)
+        x_BMD = torch.cat([self._start(condition.labels), prompt], dim=1)
+        for n in range(ready, self.positions):
+            at = places[n + 1 - x_BMD.shape[1] : n + 1]
+            so_far = cache[..., : (n // SPAN + 1) * SPAN, :]
+            context_BMD = self.transformer.step(self._placed(x_BMD, at), so_far, at, self.rotary, states)
+            x_BMD = self.head.generate(context_BMD[:, -1], partial(chosen, n))[:, None]
+        return self.symbols.join(symbols_BNS).view(count, *self.grid, len(self.vocab))
 
     def _start(self, labels_B: Tensor) -> Tensor:
         """The first token (B, 1, D)."""
@@ -251,9 +303,9 @@ class GPT(Prior):
         """The transformer's input, given that the tokens `x_BMD` predict the positions `at_M`."""
         return self.drop(x_BMD if self.place is None else x_BMD + self.place[at_M])
 
-    def _rotary(self) -> Tensor | None:
-        """The class stands at 0, the codes from 1 on along each axis: only distances between codes matter."""
-        if self.places == "learned":
-            return None
-        cells = grid_coordinates(self.grid if self.places == "axial" else [self.positions])[:-1] + 1
-        return rotary_table(F.pad(cells, (0, 0, 1, 0)), self.width // self.heads)
+
+@derived
+def sequence_table(axes: Sequence[int], head_width: int) -> Tensor:
+    """The rotary table (N, 2, E / 2) of a class and then all codes but the last of a grid."""
+    cells = grid_coordinates(axes)[:-1] + 1
+    return rotary_table(F.pad(cells, (0, 0, 1, 0)), head_width)

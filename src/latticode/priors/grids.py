@@ -1,4 +1,4 @@
-"""Codes of two grids in one tensor, as a `HierarchicalTokenizer` of two levels packs them.
+"""Packing and unpacking the codes of two grids, as a `HierarchicalTokenizer` of two levels packs them.
 
 At each position of the top grid (h, w) stand its code and then those of the r x r positions of the bottom grid inside
 it, row-major: (B, h, w, 1 + r r).
@@ -26,11 +26,12 @@ def ratio_of(vocab: Sequence[int], grid: Sequence[int], name: str) -> int:
 
 def unpacked(codes: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
     """The top grid (B, h, w) and the bottom grid (B, h r, w r) of `codes` (B, h, w, 1 + r r)."""
-    cells = codes[..., 1:].unflatten(-1, (ratio, ratio))  # (B, h, w, r, r)
+    cells = torch.unflatten(codes[..., 1:], -1, (ratio, ratio))  # (B, h, w, r, r)
     return codes[..., 0], cells.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def packed(top: Tensor, bottom: Tensor, ratio: int) -> Tensor:
     """The inverse of `unpacked`."""
-    cells = bottom.unflatten(2, (-1, ratio)).unflatten(1, (-1, ratio)).transpose(2, 3)  # (B, h, w, r, r)
+    rows = torch.unflatten(bottom, 2, (-1, ratio))
+    cells = torch.unflatten(rows, 1, (-1, ratio)).transpose(2, 3)  # (B, h, w, r, r)
     return torch.cat([top[..., None], cells.flatten(3)], dim=-1)

@@ -1,4 +1,4 @@
-"""The second stage of UViM (arXiv 2205.10337): the guiding code of an image, predicted from the image alone.
+"""The second stage of UViM (arXiv 2205.10337): a prior of the guiding code, conditioned on the image alone.
 
 B batch, S states of the image, C their width.
 """
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from latticode.core.modules import described
 from latticode.core.types import Conditioning
-from latticode.priors.base import check_rates
+from latticode.priors.base import Condition, check_rates
 from latticode.priors.gpt import GPT
 from latticode.priors.symbols import Sequential
 
@@ -27,8 +28,18 @@ class Guide(GPT):
         width, depth, heads, mlp, style, digits, inner_depth, shared: of the decoder, as for `GPT`; the paper's and its
             encoder's are ViT-L's, 1024, 24 and 16.
         dropout: on the embeddings of codes and on each branch; the paper had none.
-        image_dropout: probability that training hides the image, for guidance and samples without one; 0: there has to
-            be an image always.
+        image_dropout: probability that training drops the image, for classifier-free guidance and samples without one;
+            0: there has to be an image always.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Conditioning
+        >>> from latticode.autoencoders.vit import ViTEncoder
+        >>> encoder = ViTEncoder(latent=16, patch=8, width=32, depth=1, heads=2, side=4)
+        >>> prior = Guide([64], [4, 4], encoder, width=32, depth=2, heads=4)
+        >>> cond = Conditioning(images=torch.rand(2, 3, 32, 32) * 2 - 1)
+        >>> prior.sample(2, cond, seed=1).shape
+        torch.Size([2, 4, 4, 1])
     """
 
     sees = True
@@ -72,23 +83,30 @@ class Guide(GPT):
         for layer in [*self.head.heads] if isinstance(self.head, Sequential) else [self.head.head]:
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
 
-    def states(self, cond: Conditioning | None, count: int, hidden: Tensor | None = None) -> Tensor:
-        """What the blocks attend to (count, S, C), `nothing` where `hidden` (count,) or where there are no images.
-
-        Raises ValueError for images of another number, shape or type, and for none if training always showed one.
-        """
-        images = None if cond is None else cond.images
+    def check_condition(self, cond: Conditioning | None, count: int) -> Condition:
+        """As `Prior.check_condition`. Raises ValueError also for images of another number, shape or type, and for none
+        if training always showed one."""
+        condition = super().check_condition(cond, count)
+        images = condition.images
         if images is None:
             if self.nothing is None:
                 raise ValueError(f"the prior needs an image for each of {count} codes: image_dropout is 0, got none")
-            return self.nothing.expand(count, 1, -1)
+            return condition
         if images.shape[:2] != (count, 3) or images.ndim != 4 or not images.is_floating_point():
-            got = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
-            raise ValueError(f"expected float images ({count}, 3, H, W), one for each code, got {got}")
-        states_BSC = self.encoder(images.to(self.device)).flatten(2).mT
-        if hidden is None or self.nothing is None:
-            return states_BSC
-        return torch.where(hidden[:, None, None], self.nothing, states_BSC)
+            raise ValueError(f"expected float images ({count}, 3, H, W), one for each code, got {described(images)}")
+        return condition._replace(images=images.to(self.device))
 
-    def told(self, cond: Conditioning | None, labels_B: Tensor) -> bool:
-        return cond is not None and cond.images is not None and self.nothing is not None
+    def states(self, condition: Condition) -> Tensor:
+        """What the blocks attend to (B, S, C), `nothing` where the image is dropped or where there are none."""
+        rows = len(condition.labels)
+        if condition.images is None:
+            assert self.nothing is not None
+            return self.nothing.expand(rows, 1, -1)
+        states_BSC = self.encoder(condition.images).flatten(2).mT
+        if condition.dropped is None or self.nothing is None:
+            return states_BSC
+        states_BSC = states_BSC.repeat(rows // max(len(states_BSC), 1), 1, 1)
+        return torch.where(condition.dropped[:, None, None], self.nothing, states_BSC)
+
+    def branches(self, condition: Condition, guidance: float) -> Condition:
+        return condition if self.nothing is None else condition.branches(guidance)

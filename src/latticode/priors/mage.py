@@ -1,4 +1,4 @@
-"""MAGE (2211.09117): a masked prior whose encoder sees only what is not masked, so that it is worth probing.
+"""MAGE (2211.09117): a masked prior whose encoder sees only what is not masked, so that its features are worth probing.
 
 B batch, N positions, C codes, M masked positions of the whole batch, D width.
 """
@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning
 from latticode.nn.transformer import Transformer, initialise
-from latticode.priors.base import check_rates, recorded
+from latticode.priors.base import Condition, check_rates, recorded
 from latticode.priors.masked import Context, Masked
 from latticode.priors.schedules import ranks, truncated_normal
 
@@ -37,8 +36,17 @@ class MAGE(Masked):
         label_smoothing: of the cross entropy.
         min_masked: the least share of masked positions in training, and the share that the encoder does not meet.
         mean_masked, std_masked: of the normal distribution that the share is drawn from, on [min_masked, 1].
-        label_dropout: probability that training hides the label, for guidance.
+        label_dropout: probability that training drops the label, for classifier-free guidance.
         digits, inner_depth: as for `MaskGIT`.
+
+    Examples:
+        >>> import torch
+        >>> prior = MAGE([64], [4, 4], width=32, depth=2, decoder_depth=1, heads=4)
+        >>> codes = torch.randint(64, (2, 4, 4, 1))
+        >>> list(prior.loss(codes))  # nats per masked position
+        ['cross_entropy']
+        >>> [tuple(layer.shape) for layer in prior.features(codes)]  # for a linear probe
+        [(2, 32), (2, 32), (2, 32)]
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class MAGE(Masked):
             raise ValueError(f"std_masked must be > 0, got {std_masked}")
         self.depth, self.decoder_depth = depth, decoder_depth
         self.min_masked, self.mean_masked, self.std_masked = min_masked, mean_masked, std_masked
+        self.dropped = math.ceil(min_masked * self.positions)  # positions that the encoder does not meet in training
         self.encoder = Transformer(width, depth, heads, mlp, dropout)
         self.link = nn.Linear(width, width)
         self.decoder_position = nn.Parameter(torch.empty(self.positions + 1, width))
@@ -87,17 +96,18 @@ class MAGE(Masked):
         The encoder does not meet those that are `dropped_BN` (bool): equally many of each row, and masked.
         """
         x_BLD, seen_BN = self.embedded(tokens_BN, labels_B), tokens_BN != self.mask_token
+        met_BK = seen_BN
         if dropped_BN is not None:
-            kept = F.pad(~dropped_BN, (1, 0), value=True)
-            x_BLD = x_BLD[kept].view(len(x_BLD), -1, self.width)
+            met = dropped_BN.long().argsort(dim=1, stable=True)[:, : self.positions - self.dropped]
+            met_BK = seen_BN.gather(1, met)
+            x_BLD = x_BLD.gather(1, F.pad(met + 1, (1, 0))[..., None].expand(-1, -1, self.width))
         y_BLD = self.link(self.encoder(x_BLD))
         class_B1D, codes_BKD = y_BLD[:, :1], y_BLD[:, 1:]
-        met_BK = seen_BN if dropped_BN is None else seen_BN[~dropped_BN].view(codes_BKD.shape[:2])
         filled_BND = class_B1D.repeat(1, self.positions, 1).masked_scatter(seen_BN[..., None], codes_BKD[met_BK])
         z_BLD = self.decoder(torch.cat([class_B1D, filled_BND], dim=1) + self.decoder_position)
         return z_BLD[:, 1:][at_BN]
 
-    def nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
+    def training_loss(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
         masked, dropped = self.masks(len(codes_BN), codes_BN.device)
         y_MD = self.states(codes_BN.masked_fill(masked, self.mask_token), labels_B, masked, dropped_BN=dropped)
         return self.smoothed(y_MD, codes_BN[masked])
@@ -105,16 +115,12 @@ class MAGE(Masked):
     def masks(self, count: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Which positions (count, N) are masked, a share drawn anew for each image, and which of those are dropped."""
         shares = truncated_normal(count, self.mean_masked, self.std_masked, self.min_masked, 1.0, device)
-        dropped = math.ceil(self.min_masked * self.positions)
-        masked = (shares * self.positions).ceil().clamp(max(1, dropped), self.positions)
+        masked = (shares * self.positions).ceil().clamp(max(1, self.dropped), self.positions)
         order = ranks(torch.rand(count, self.positions, device=device))
-        return order < masked[:, None], order < dropped
+        return order < masked[:, None], order < self.dropped
 
-    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
-        """Means over the positions (B, D), of the embedding and after each block of the encoder, of whole images
-        (B, *grid, 1)."""
-        self.check_codes(codes)
-        labels, _ = self.told(cond, len(codes))
+    def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
+        """Of the encoder, which meets the whole image."""
         with recorded(self.encoder.blocks) as stream:
-            self.encoder(self.embedded(codes.flatten(1), labels))
+            self.encoder(self.embedded(codes.flatten(1), condition.labels))
         return [x_BLD[:, 1:].mean(1) for x_BLD in stream]

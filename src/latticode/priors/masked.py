@@ -1,4 +1,4 @@
-"""What masked priors share: the embedding and the head, the decoding in a few parallel steps, and what it costs.
+"""What masked priors (MaskGIT, Muse, MAGE) share: embedding, head, parallel decoding in a few steps, compression cost.
 
 B batch, N positions, C codes of S digits, M masked positions of the whole batch, D width, T states of a context.
 """
@@ -15,48 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latticode import kernels
-from latticode.core.types import Conditioning, Sampling
+from latticode.core.types import Sampling
 from latticode.kernels.entropies import tile_rows
 from latticode.nn.transformer import initialise
 from latticode.priors.base import (
-    DEFAULT,
     IN_ORDER,
+    Chooser,
+    Condition,
     Prior,
     check_rates,
-    check_sampling,
     draw,
     filtered,
     guided,
     gumbel,
+    numbers,
     unfiltered,
-    uniforms,
 )
 from latticode.priors.schedules import RAMPS, ranks, remask_counts, spread_groups
-from latticode.priors.symbols import Digits, Sequential, nats, table_of
+from latticode.priors.symbols import Digits, Sequential, nats, offsets, table_of
 
 GROUPS = 12  # of the schedule of `bits`; M2T finds the gain of more groups saturated by about 8
-
-
-class Told(NamedTuple):
-    """What a prior is told of each of B images."""
-
-    labels: Tensor  # (B,) int64, -1 = none
-    texts: list[str]  # '' = none
-
-    def hidden(self, rate: float) -> Told:
-        """With the label and the text of an image both taken away with probability `rate`."""
-        hidden = torch.rand(len(self.labels), device=self.labels.device) < rate
-        texts = self.texts
-        if any(texts):  # to look at the draws makes a device wait
-            texts = ["" if hide else text for text, hide in zip(texts, hidden.tolist(), strict=True)]
-        return Told(self.labels.masked_fill(hidden, -1), texts)
-
-    def branches(self, sampling: Sampling) -> Told:
-        """Followed by as many images of which nothing is told, where guidance has something to act on."""
-        if not sampling.guidance or not (any(self.texts) or bool((self.labels >= 0).any())):
-            return self
-        nothing = torch.full_like(self.labels, -1)
-        return Told(torch.cat([self.labels, nothing]), [*self.texts, *[""] * len(self.texts)])
 
 
 class Context(NamedTuple):
@@ -73,11 +51,10 @@ class Masked(Prior):
     the same state, or with `inner_depth` > 0 from those before it too, by a small transformer. So 2^18 codes cost two
     softmaxes over 512, as in MAGVIT-v2 (2310.05737, section 3.2).
 
-    A subclass says by `states` what it makes of a partly masked image, and by `nats` what it learns from.
+    A subclass says by `states` what it makes of a partly masked image, and by `training_loss` what it learns from.
     """
 
     uses = IN_ORDER | {"steps", "noise", "schedule", "guidance_schedule"}
-    offsets: Tensor
 
     def __init__(
         self,
@@ -107,8 +84,7 @@ class Masked(Prior):
         self.mask_token = self.vocab[0]  # stands in the place of a code
 
         sizes, levels = self.symbols.sizes, [1] * len(self.symbols.sizes)
-        self.rows, starts = table_of(sizes, levels)  # of the digits; then come the classes, then MASK
-        self.register_buffer("offsets", starts, persistent=False)
+        self.rows, self.starts = table_of(sizes, levels)  # of the digits; then come the classes, then MASK
         self.embedding = nn.Embedding(self.rows + self.classes + 1, width)
         self.position = nn.Parameter(torch.empty(self.positions + 1, width))  # the class token comes first
         self.input = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout))
@@ -120,96 +96,77 @@ class Masked(Prior):
         for weight in (self.embedding.weight, self.position):
             nn.init.normal_(weight, std=width**-0.5)  # logits of unit variance at first, at any width
 
+    @property
+    def offsets(self) -> Tensor:
+        return offsets(self.starts, device=self.device)
+
     @abstractmethod
     def states(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor, context: Context | None = None) -> Tensor:
         """What the head reads (M, D) at positions `at_BN` (bool), row-major, given codes with MASK where unknown."""
 
     @abstractmethod
-    def nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
+    def training_loss(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
         """The smoothed cross entropy, a scalar per masked position, under masks drawn from torch's generators."""
 
     def context(self, texts: Sequence[str]) -> Context | None:
-        """What the network is told by captions; None if it reads none."""
+        """What the network attends to of captions; None if it reads none."""
         return None
 
-    def told(self, cond: Conditioning | None, count: int) -> Told:
-        return Told(self.labels_of(cond, count), self.texts_of(cond, count))
+    def noise_shape(self, sampling: Sampling) -> tuple[int, int, int]:
+        """No more passes than positions, and of these as many as there may be, because an image's noise must not
+        depend on the others of its batch."""
+        return min(sampling.steps, self.positions), len(self.symbols.sizes) + 1, self.positions
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
-        """`cross_entropy`: nats per masked position, with label smoothing, of `codes` (B, *grid, 1)."""
-        self.check_codes(codes)
-        labels, texts = self.told(cond, len(codes)).hidden(self.label_dropout)
-        return {"cross_entropy": self.nats(codes.flatten(1), labels, self.context(texts))}
+    def _terms(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Per masked position, with label smoothing."""
+        condition = condition.drop(self.label_dropout)
+        codes_BN, context = codes.flatten(1), self.context(condition.texts)
+        return {"cross_entropy": self.training_loss(codes_BN, condition.labels, context)}
 
-    def sample(
-        self,
-        count: int,
-        cond: Conditioning | None = None,
-        *,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
-        first: int = 0,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Codes (count, *grid, 1), after at most `sampling.steps` forward passes, twice as wide under guidance.
+    def _nats(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Of each group (B, G), a compression cost (FSQ, 5.1): a uniform prior needs ln C per position."""
+        codes_BN, context = codes.flatten(1), self.context(condition.texts)
+        return {"cross_entropy": self.group_nats(codes_BN, condition.labels, context)}
 
-        Guidance has no effect without a label or a text.
-        """
-        check_sampling(sampling)
-        labels, texts = self.told(cond, count).branches(sampling)
-        codes_BN = self.known_codes(count, known).flatten(1)
-        noise = uniforms(self.noise_shape(sampling), seed, first, count)
-        with self.inference():
-            codes_BN = self.fill(codes_BN, labels, self.context(texts), sampling, noise)
-        return codes_BN.view(count, *self.grid, 1)
+    def _draw(self, known: Tensor, condition: Condition, noise: Tensor, choose: Chooser) -> Tensor:
+        """At most `sampling.steps` forward passes, twice as wide under guidance."""
+        condition = condition.branches(choose.sampling.guidance)
+        context = self.context(condition.texts)
+        return self.fill(known.flatten(1), condition.labels, context, noise, choose).view(known.shape)
 
-    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """Compression cost (B,): -log2 p of each group given those uncovered before, in M2T's fixed order (FSQ, 5.1).
-
-        A uniform prior needs log2 C per position. At most 12 forward passes.
-        """
-        self.check_codes(codes)
-        labels, texts = self.told(cond, len(codes))
-        with self.inference():
-            return self.cost(codes.flatten(1), labels, self.context(texts))
-
-    def cost(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
-        """`bits` (B,) of `codes_BN`, without leaving training mode."""
+    def group_nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
+        """-ln p (B, G) of each group of positions of `codes_BN` given those uncovered before, in M2T's fixed order: at
+        most 12 forward passes."""
         tokens_BN = torch.full_like(codes_BN, self.mask_token)
-        total = torch.zeros(len(codes_BN), device=codes_BN.device)
+        found: list[Tensor] = []
         for group in spread_groups(self.grid, GROUPS):
             at_BN = torch.zeros_like(tokens_BN, dtype=torch.bool)
             at_BN[:, group] = True
-            found = self._nats(self.states(tokens_BN, labels_B, at_BN, context), codes_BN[at_BN])
-            total += found.view(len(codes_BN), len(group)).sum(1) / math.log(2)
+            nats_M = self._nats_at(self.states(tokens_BN, labels_B, at_BN, context), codes_BN[at_BN])
+            found.append(nats_M.view(len(codes_BN), len(group)).sum(1))
             tokens_BN = torch.where(at_BN, codes_BN, tokens_BN)
-        return total
+        return torch.stack(found, dim=1)
 
-    def noise_shape(self, sampling: Sampling) -> tuple[int, int, int]:
-        """Of the uniform numbers that `fill` needs for an image: no more passes than positions, and of these as many
-        as there may be, because an image's noise must not depend on the others of its batch."""
-        return min(sampling.steps, self.positions), len(self.symbols.sizes) + 1, self.positions
-
-    def fill(
-        self, codes_BN: Tensor, labels: Tensor, context: Context | None, sampling: Sampling, noise: Tensor
-    ) -> Tensor:
-        """`codes_BN` with a code at each -1. MaskGIT's decoding, without leaving training mode.
+    def fill(self, codes_BN: Tensor, labels: Tensor, context: Context | None, noise: Tensor, choose: Chooser) -> Tensor:
+        """`codes_BN` with a code at each -1: MaskGIT's decoding.
 
         Each pass draws a token for every unknown position and masks again those of least confidence
         log p + noise (1 - ratio) Gumbel, p before temperature and filters. `labels` and `context` have B rows, or 2 B,
         of which the second half is the unconditional branch; guidance grows with the ratio by its schedule. `noise` is
         (B, *noise_shape) uniform numbers.
         """
+        sampling = choose.sampling
         unknown = codes_BN < 0
         tokens = codes_BN.masked_fill(unknown, self.mask_token)
-        plans = [remask_counts(n, sampling.steps, sampling.schedule) for n in unknown.sum(1).tolist()]
+        plans = [remask_counts(n, sampling.steps, sampling.schedule) for n in numbers(unknown.sum(1))]
         for step in range(max(map(len, plans), default=0)):
             left = torch.tensor([plan[step] if step < len(plan) else 0 for plan in plans], device=tokens.device)
-            u, ratio = noise[:, step].to(tokens.device), (step + 1) / sampling.steps
-            branches = len(labels) // len(tokens)  # the second without a condition
+            u, ratio = noise[:, step], (step + 1) / sampling.steps
+            branches = len(labels) // len(tokens)  # the second is the unconditional one
             y = self.states(tokens.repeat(branches, 1), labels, unknown.repeat(branches, 1), context)
             guidance = sampling.guidance * RAMPS[sampling.guidance_schedule](ratio)
             drawn, log_p = self._drawn(y.view(branches, -1, self.width), u[:, :-1].mT[unknown], sampling, guidance)
+            choose.note(log_p)
             tokens = tokens.masked_scatter(unknown, drawn)
             confidence = torch.zeros(tokens.shape, device=tokens.device).masked_scatter(unknown, log_p)
             confidence += sampling.noise * max(0.0, 1 - ratio) * gumbel(u[:, -1])
@@ -217,7 +174,7 @@ class Masked(Prior):
             tokens = tokens.masked_fill(unknown, self.mask_token)
         return tokens
 
-    def _nats(self, y_MD: Tensor, codes_M: Tensor) -> Tensor:
+    def _nats_at(self, y_MD: Tensor, codes_M: Tensor) -> Tensor:
         """-ln p (M,) of `codes_M` given states `y_MD`."""
         if (whole := self._whole) is not None:
             return kernels.head_nats(self.head(y_MD), *whole, codes_M)
@@ -235,8 +192,6 @@ class Masked(Prior):
             found = [self._generated(y, u, sampling, guidance) for y, u in self._tiles(y_GMD, u_MS)]
             symbols, log_p = (torch.cat(parts) for parts in zip(*found, strict=True))
             tokens = self.symbols.join(symbols)[:, 0]
-        if not bool(log_p.isfinite().all()):
-            raise FloatingPointError("the prior's logits are not finite: broken weights, or a dtype too narrow")
         return tokens, log_p
 
     def _inverted(
@@ -251,14 +206,15 @@ class Masked(Prior):
 
     def _generated(self, y_GMD: Tensor, u_MS: Tensor, sampling: Sampling, guidance: float) -> tuple[Tensor, Tensor]:
         """The digits (M, S) of `_drawn`, and the sum of their log p (M,)."""
-        digits, log_p = [], []
+        digits: list[Tensor] = []
+        log_p: list[Tensor] = []
 
         def choose(slot: int, logits: Tensor) -> Tensor:
-            branches = logits.float().unflatten(0, y_GMD.shape[:2])
+            branches = torch.unflatten(logits.float(), 0, y_GMD.shape[:2])
             one = guided(branches[0], branches[1], guidance) if len(branches) > 1 else branches[0]
             digits.append(draw(filtered(one, sampling), u_MS[:, slot]))
             log_p.append(one.gather(-1, digits[-1][:, None])[:, 0] - one.logsumexp(-1))
-            return self.embedding(digits[-1] + self.offsets[slot]).repeat(len(branches), 1)
+            return self.embedding(digits[-1] + self.starts[slot]).repeat(len(branches), 1)
 
         if self.inner is None:
             for slot, logits in enumerate(self.predicted(y_GMD.flatten(0, 1))):
@@ -284,7 +240,8 @@ class Masked(Prior):
         """
         h_MD = self.head(y_MD)
         if self.inner is None:
-            return list(F.linear(h_MD, self.embedding.weight[: self.rows], self.bias).split(self.symbols.sizes, dim=-1))
+            logits = F.linear(h_MD, self.embedding.weight[: self.rows], self.bias)
+            return list(torch.split(logits, self.symbols.sizes, dim=-1))
         assert codes_M is not None
         return self.inner(h_MD, self.embedding(self.symbols.split(codes_M[:, None]) + self.offsets))
 
@@ -309,7 +266,7 @@ class Masked(Prior):
         Logits of all positions of a batch would fill memory, which costs more than to compute them.
         """
         size = tile_rows(y_GMD, y_GMD.shape[0] * self.rows)
-        return zip(y_GMD.split(size, dim=1), of_M.split(size), strict=True)
+        return zip(torch.split(y_GMD, size, dim=1), torch.split(of_M, size), strict=True)
 
 
 def projection(text: nn.Module, onto: int) -> nn.Module:

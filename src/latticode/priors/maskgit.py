@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import recorded
+from latticode.priors.base import Condition, recorded
 from latticode.priors.masked import Context, Masked, projection
 from latticode.priors.schedules import draw_ratios, masked_counts, random_mask, ratio_floor
 
@@ -45,7 +44,7 @@ class MaskedTransformer(Masked):
     def states(self, tokens_BN: Tensor, labels_B: Tensor, at_BN: Tensor, context: Context | None = None) -> Tensor:
         return self._outputs(tokens_BN, labels_B, context)[at_BN]
 
-    def nats(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
+    def training_loss(self, codes_BN: Tensor, labels_B: Tensor, context: Context | None = None) -> Tensor:
         counts = masked_counts(draw_ratios(len(codes_BN), self.floor, codes_BN.device), self.positions)
         masked = random_mask(counts, self.positions)
         y_MD = self.states(codes_BN.masked_fill(masked, self.mask_token), labels_B, masked, context)
@@ -65,7 +64,8 @@ class MaskedTransformer(Masked):
 
 
 class MaskGIT(MaskedTransformer):
-    """A masked transformer over one grid, told classes, captions, both or nothing.
+    """A masked transformer over one grid, conditioned on classes, captions, both or nothing (Chang et al. 2022, arXiv
+    2202.04200).
 
     Over a palette's colours it is the masked variant of iGPT. Muse's base model (2301.00704) is one that reads text.
 
@@ -78,12 +78,24 @@ class MaskGIT(MaskedTransformer):
         label_smoothing: of the cross entropy.
         min_masked: training masks more than this fraction of the positions; FSQ (A.4.2) traced unstable training to
             batches with hardly a masked position and uses 0.45.
-        label_dropout: probability that training hides label and text, for guidance.
+        label_dropout: probability that training drops label and text, for classifier-free guidance.
         digits: sizes of the digits into which each code is cut, first digit fastest, or None for whole codes; they must
             multiply to C. FSQ's levels, or powers of 2 for groups of LFQ's bits: MAGVIT-v2's is [512, 512] of 2^18.
         inner_depth: blocks of the transformer that predicts the digits of a position one after another; 0: they are
             independent given the other positions.
         text: what reads captions (`latticode.priors.text`); every block attends to its states. None: there are none.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Conditioning, Sampling
+        >>> prior = MaskGIT([64], [4, 4], classes=10, width=32, depth=2, heads=4)
+        >>> codes, cond = torch.randint(64, (2, 4, 4, 1)), Conditioning(torch.tensor([3, 7]))
+        >>> prior.loss(codes, cond)["cross_entropy"].backward()  # nats per masked position
+        >>> prior.sample(2, cond, sampling=Sampling(steps=4, guidance=1.5), seed=1).shape
+        torch.Size([2, 4, 4, 1])
+        >>> hole = codes.clone()
+        >>> hole[:, 1:3, 1:3] = -1
+        >>> filled = prior.sample(2, cond, known=hole)  # inpainting: known codes are kept
     """
 
     def __init__(
@@ -115,8 +127,5 @@ class MaskGIT(MaskedTransformer):
         states, mask = self.text(texts)
         return Context(self.project(states), mask)
 
-    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
-        """Means over the positions (B, D), of the embedding and after each block, of whole images (B, *grid, 1)."""
-        self.check_codes(codes)
-        labels, texts = self.told(cond, len(codes))
-        return self.means(codes.flatten(1), labels, self.context(texts))
+    def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
+        return self.means(codes.flatten(1), condition.labels, self.context(condition.texts))

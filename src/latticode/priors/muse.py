@@ -1,4 +1,4 @@
-"""Muse (2301.00704): MaskGIT over a coarse grid of codes, and another over a fine grid that is told the coarse one.
+"""Muse (2301.00704): MaskGIT over a coarse grid of codes, and another over a fine grid that is conditioned on it.
 
 B batch, N positions of the top grid, D width.
 """
@@ -12,16 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning, Sampling
+from latticode.core.types import Sampling
 from latticode.nn.transformer import Transformer
-from latticode.priors.base import DEFAULT, IN_ORDER, Prior, check_sampling, uniforms
+from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior
 from latticode.priors.grids import packed, ratio_of, unpacked
-from latticode.priors.masked import Context, Told, projection
+from latticode.priors.masked import Context, projection
 from latticode.priors.maskgit import MaskedTransformer
 
 
 class Muse(Prior):
-    """A prior over the packed codes of a `HierarchicalTokenizer` of two grids, told classes, captions, both or nothing.
+    """A prior over the packed codes of a `HierarchicalTokenizer` of two grids (Chang et al. 2023, arXiv 2301.00704),
+    conditioned on classes, captions, both or nothing.
 
     The codes (B, h, w, 1 + r r) hold at each position the code of the top grid and those of the r x r positions of the
     bottom grid inside it, row-major. The top is a MaskGIT; the bottom, on the (h r, w r) grid, is one whose blocks
@@ -35,10 +36,19 @@ class Muse(Prior):
         bottom_width, bottom_depth: of the bottom.
         encoder_depth: of what the bottom reads the top codes with, in its own width.
         heads, mlp, dropout, label_smoothing, min_masked: of all of them, as for `MaskGIT`.
-        label_dropout: probability that training hides label and text, from both grids at once.
+        label_dropout: probability that training drops label and text, for both grids at once.
         bottom_steps: forward passes of the bottom for each of the top's `sampling.steps`, rounded: it knows the top, so
             it needs fewer (section 2.8: 8 for 24).
         text: what reads captions (`latticode.priors.text`), or None.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Sampling
+        >>> prior = Muse([64] * 5, [2, 2], width=32, depth=1, bottom_width=32, bottom_depth=1, encoder_depth=1, heads=4)
+        >>> list(prior.loss(torch.randint(64, (2, 2, 2, 5))))  # nats per masked position of either grid
+        ['top_cross_entropy', 'cross_entropy']
+        >>> prior.sample(2, sampling=Sampling(steps=6), seed=1).shape  # 6 passes of the top, 2 of the bottom
+        torch.Size([2, 2, 2, 5])
     """
 
     uses = IN_ORDER | {"steps", "noise", "schedule", "guidance_schedule"}
@@ -89,65 +99,57 @@ class Muse(Prior):
         for weight in (self.embedding.weight, self.position):
             nn.init.normal_(weight, std=bottom_width**-0.5)
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
-        """`top_cross_entropy` and, of the bottom given the whole top, `cross_entropy`: each as MaskGIT's."""
-        self.check_codes(codes)
-        labels, texts = self._told(cond, len(codes)).hidden(self.label_dropout)
+    def noise_shape(self, sampling: Sampling) -> tuple[int, ...]:
+        return (sum(map(math.prod, self._noise_shapes(sampling))),)
+
+    def _terms(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Of the top, and of the bottom given the whole top: each as MaskGIT's."""
+        condition = condition.drop(self.label_dropout)
         top, bottom = self._levels(codes)
-        on_top, on_bottom = self._read(texts)
+        on_top, on_bottom = self._read(condition.texts)
         return {
-            "top_cross_entropy": self.top.nats(top, labels, on_top),
-            "cross_entropy": self.bottom.nats(bottom, labels, self._below(top, on_bottom)),
+            "top_cross_entropy": self.top.training_loss(top, condition.labels, on_top),
+            "cross_entropy": self.bottom.training_loss(bottom, condition.labels, self._below(top, on_bottom)),
         }
 
-    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """Compression cost (B,): of the top, and of the bottom given the top, each as MaskGIT's."""
-        self.check_codes(codes)
-        labels, texts = self._told(cond, len(codes))
+    def _nats(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Of the top, and of the bottom given the top, each as MaskGIT's."""
         top, bottom = self._levels(codes)
-        with self.inference():
-            on_top, on_bottom = self._read(texts)
-            below = self._below(top, on_bottom)
-            return self.top.cost(top, labels, on_top) + self.bottom.cost(bottom, labels, below)
+        on_top, on_bottom = self._read(condition.texts)
+        return {
+            "top_cross_entropy": self.top.group_nats(top, condition.labels, on_top),
+            "cross_entropy": self.bottom.group_nats(bottom, condition.labels, self._below(top, on_bottom)),
+        }
 
-    def sample(
-        self,
-        count: int,
-        cond: Conditioning | None = None,
-        *,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
-        first: int = 0,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Codes (count, h, w, 1 + r r): the top in `sampling.steps` passes, then the bottom in `bottom_steps` of those.
+    def _draw(self, known: Tensor, condition: Condition, noise: Tensor, choose: Chooser) -> Tensor:
+        """The top in `sampling.steps` passes, then the bottom in `bottom_steps` of those.
 
-        Both are told the same and guided alike. Known codes of the bottom do not inform the top.
+        Both have the same condition and are guided alike. Known codes of the bottom do not inform the top.
         """
-        check_sampling(sampling)
-        labels, texts = self._told(cond, count).branches(sampling)
-        top, bottom = self._levels(self.known_codes(count, known))
-        fewer = replace(sampling, steps=max(1, round(sampling.steps * self.bottom_steps)))
-        shapes = self.top.noise_shape(sampling), self.bottom.noise_shape(fewer)
-        sizes = [math.prod(shape) for shape in shapes]
-        noise = uniforms((sum(sizes),), seed, first, count).split(sizes, dim=1)
-        at_top, at_bottom = (part.view(-1, *shape) for part, shape in zip(noise, shapes, strict=True))
-        with self.inference():
-            on_top, on_bottom = self._read(texts)
-            top = self.top.fill(top, labels, on_top, sampling, at_top)
-            below = self._below(top.repeat(len(labels) // max(count, 1), 1), on_bottom)
-            bottom = self.bottom.fill(bottom, labels, below, fewer, at_bottom)
+        condition = condition.branches(choose.sampling.guidance)
+        top, bottom = self._levels(known)
+        shapes = self._noise_shapes(choose.sampling)
+        parts = torch.split(noise, [math.prod(shape) for shape in shapes], dim=1)
+        at_top, at_bottom = (part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True))
+        on_top, on_bottom = self._read(condition.texts)
+        top = self.top.fill(top, condition.labels, on_top, at_top, choose)
+        below = self._below(top.repeat(len(condition.labels) // max(len(top), 1), 1), on_bottom)
+        choose_below = Chooser(self._fewer(choose.sampling), noise.device)
+        bottom = self.bottom.fill(bottom, condition.labels, below, at_bottom, choose_below)
+        choose_below.check()
         return packed(top.view(-1, *self.top.grid), bottom.view(-1, *self.bottom.grid), self.ratio)
 
-    def features(self, codes: Tensor, cond: Conditioning | None = None) -> list[Tensor]:
-        """Of the top: means over its positions (B, D), of the embedding and after each block."""
-        self.check_codes(codes)
-        labels, texts = self._told(cond, len(codes))
+    def _features(self, codes: Tensor, condition: Condition) -> list[Tensor]:
+        """Of the top."""
         top, _ = self._levels(codes)
-        return self.top.means(top, labels, self._read(texts)[0])
+        return self.top.means(top, condition.labels, self._read(condition.texts)[0])
 
-    def _told(self, cond: Conditioning | None, count: int) -> Told:
-        return Told(self.labels_of(cond, count), self.texts_of(cond, count))
+    def _fewer(self, sampling: Sampling) -> Sampling:
+        """What the bottom samples by."""
+        return replace(sampling, steps=max(1, round(sampling.steps * self.bottom_steps)))
+
+    def _noise_shapes(self, sampling: Sampling) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        return self.top.noise_shape(sampling), self.bottom.noise_shape(self._fewer(sampling))
 
     def _levels(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Top (B, N) and bottom (B, N r r), row-major."""

@@ -6,16 +6,13 @@ B batch, D width, C codes, H rows, W columns, N = H W positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.core.types import Conditioning, Sampling
 from latticode.nn.masked import RasterNetwork, initialise_convolution
-from latticode.priors.base import DEFAULT, IN_ORDER, Chooser, Prior, check_rates, check_sampling, uniforms
+from latticode.priors.base import IN_ORDER, Chooser, Condition, Prior, check_rates, numbers
 from latticode.priors.grids import packed, ratio_of, unpacked
 
 
@@ -32,7 +29,16 @@ class PixelCNN(Prior):
         attention: causal attention after every that many layers; 0 = none.
         heads: of the attention.
         dropout: on each branch.
-        label_dropout: probability that training hides the label, for guidance.
+        label_dropout: probability that training drops the label, for classifier-free guidance.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import Conditioning, Sampling
+        >>> prior = PixelCNN([64], [4, 4], classes=10, width=32, depth=2, attention=1)  # a PixelSNAIL
+        >>> codes, cond = torch.randint(64, (2, 4, 4, 1)), Conditioning(torch.tensor([3, 7]))
+        >>> prior.loss(codes, cond)["cross_entropy"].backward()  # nats per position
+        >>> prior.sample(2, cond, sampling=Sampling(temperature=0.9), seed=1).shape
+        torch.Size([2, 4, 4, 1])
     """
 
     uses, causal = IN_ORDER, True
@@ -64,44 +70,17 @@ class PixelCNN(Prior):
             self.vocab[0], self.plane, self.classes, width, depth, kernel, attention, heads, dropout
         )
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
-        """`cross_entropy`: nats per position of `codes` (B, *grid, 1)."""
-        self.check_codes(codes)
-        labels = hidden(self.labels_of(cond, len(codes)), self.label_dropout)
-        return {"cross_entropy": self._nats(codes, labels).mean()}
+    def _nats(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Of each position (B, rows, W), in one forward pass."""
+        codes = codes.reshape(-1, *self.plane)
+        return {"cross_entropy": nats(self.network, codes, self.network.condition(condition.labels))}
 
-    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """-log2 p (B,) of each image of `codes` (B, *grid, 1), in one forward pass."""
-        self.check_codes(codes)
-        labels = self.labels_of(cond, len(codes))
-        with self.inference():
-            return self._nats(codes, labels).sum((1, 2)) / math.log(2)
-
-    def sample(
-        self,
-        count: int,
-        cond: Conditioning | None = None,
-        *,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
-        first: int = 0,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Codes (count, *grid, 1), by one forward pass for each position, twice as wide under guidance.
-
-        Of `sampling`, `steps`, `noise` and `schedule` have no meaning here. Known codes are kept, and inform only what
-        comes after them.
-        """
-        check_sampling(sampling)
-        labels = self.labels_of(cond, count)
-        start = self.known_codes(count, known).view(count, *self.plane)
-        noise = uniforms((self.positions,), seed, first, count).to(self.device)
-        with self.inference():
-            condition = self.network.condition(branches(labels, sampling))
-            return generate(self.network, start, condition, noise, sampling).view(count, *self.grid, 1)
-
-    def _nats(self, codes: Tensor, labels: Tensor) -> Tensor:
-        return nats(self.network, codes.reshape(-1, *self.plane), self.network.condition(labels))
+    def _draw(self, known: Tensor, condition: Condition, noise: Tensor, choose: Chooser) -> Tensor:
+        """One forward pass for each position, twice as wide under guidance. Known codes inform only what comes after
+        them."""
+        on = self.network.condition(condition.branches(choose.sampling.guidance).labels)
+        start = known.view(len(known), *self.plane)
+        return generate(self.network, start, on, noise[..., 0], choose).view(known.shape)
 
 
 class TwoLevel(Prior):
@@ -109,8 +88,8 @@ class TwoLevel(Prior):
 
     The codes (B, h, w, 1 + r r) hold at each position the code of the top grid and those of the r x r positions of the
     bottom grid inside it, row-major. The top is a PixelSNAIL; the bottom, on the (h r, w r) grid, a PixelCNN that is
-    told the label and, by convolutions, all top codes. As in the paper it has no attention, whose cost grows with the
-    fourth power of a grid's side, and the top codes already tell it of the whole image.
+    conditioned on the label and, by convolutions, on all top codes. As in the paper it has no attention, whose cost
+    grows with the fourth power of a grid's side, and the top codes already tell it of the whole image.
 
     Args:
         vocab: [C_top, C_bottom, ..., C_bottom], 1 + r r of them.
@@ -118,7 +97,15 @@ class TwoLevel(Prior):
         classes: 0 = unconditional.
         width, depth, kernel, attention, heads: of the top, as for `PixelCNN`.
         bottom_width, bottom_depth: of the bottom, which has the same kernel.
-        dropout, label_dropout: of both; a hidden label is hidden from both.
+        dropout, label_dropout: of both; a label is dropped for both.
+
+    Examples:
+        >>> import torch
+        >>> prior = TwoLevel([64] * 5, [2, 2], width=32, depth=2, attention=1, bottom_width=32, bottom_depth=2)
+        >>> list(prior.loss(torch.randint(64, (2, 2, 2, 5))))  # nats per code of either grid
+        ['top_cross_entropy', 'cross_entropy']
+        >>> prior.sample(2, seed=1).shape
+        torch.Size([2, 2, 2, 5])
     """
 
     uses, causal = IN_ORDER, True
@@ -161,56 +148,26 @@ class TwoLevel(Prior):
         )
         self.upsample.apply(initialise_convolution)
 
-    def loss(self, codes: Tensor, cond: Conditioning | None = None) -> dict[str, Tensor]:
-        """`top_cross_entropy` and, of the bottom, `cross_entropy`: nats per code of that level."""
-        self.check_codes(codes)
-        labels = hidden(self.labels_of(cond, len(codes)), self.label_dropout)
-        top, bottom = self._nats(codes, labels)
-        return {"top_cross_entropy": top.mean(), "cross_entropy": bottom.mean()}
-
-    def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """-log2 p (B,) of each image of `codes` (B, h, w, 1 + r r): of its top codes, and of the others given those."""
-        self.check_codes(codes)
-        labels = self.labels_of(cond, len(codes))
-        with self.inference():
-            top, bottom = self._nats(codes, labels)
-            return (top.sum((1, 2)) + bottom.sum((1, 2))) / math.log(2)
-
-    def sample(
-        self,
-        count: int,
-        cond: Conditioning | None = None,
-        *,
-        sampling: Sampling = DEFAULT,
-        seed: int = 0,
-        first: int = 0,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Codes (count, h, w, 1 + r r): first the top, then the bottom, each as `PixelCNN.sample`.
-
-        Known codes of the bottom do not inform the top.
-        """
-        check_sampling(sampling)
-        labels = self.labels_of(cond, count)
-        known_top, known_bottom = unpacked(self.known_codes(count, known), self.ratio)
-        noise = uniforms((self.positions * len(self.vocab),), seed, first, count).to(self.device)
-        with self.inference():
-            rows = branches(labels, sampling)
-            at_top, at_bottom = noise[:, : self.positions], noise[:, self.positions :]
-            top = generate(self.top, known_top, self.top.condition(rows), at_top, sampling)
-            given = self._condition(top.repeat(len(rows) // max(count, 1), 1, 1), rows)
-            return packed(top, generate(self.bottom, known_bottom, given, at_bottom, sampling), self.ratio)
-
-    def _nats(self, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p of each code, level by level: (B, h, w) and (B, h r, w r)."""
+    def _nats(self, codes: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Of each code of the top (B, h, w), and of the bottom given the top (B, h r, w r)."""
         top, bottom = unpacked(codes, self.ratio)
-        return (
-            nats(self.top, top, self.top.condition(labels)),
-            nats(self.bottom, bottom, self._condition(top, labels)),
-        )
+        labels = condition.labels
+        return {
+            "top_cross_entropy": nats(self.top, top, self.top.condition(labels)),
+            "cross_entropy": nats(self.bottom, bottom, self._condition(top, labels)),
+        }
+
+    def _draw(self, known: Tensor, condition: Condition, noise: Tensor, choose: Chooser) -> Tensor:
+        """First the top, then the bottom, each as `PixelCNN`'s. Known codes of the bottom do not inform the top."""
+        known_top, known_bottom = unpacked(known, self.ratio)
+        labels = condition.branches(choose.sampling.guidance).labels
+        at_top, at_bottom = noise.flatten(1).tensor_split([self.positions], dim=1)
+        top = generate(self.top, known_top, self.top.condition(labels), at_top, choose)
+        given = self._condition(top.repeat(len(labels) // max(len(top), 1), 1, 1), labels)
+        return packed(top, generate(self.bottom, known_bottom, given, at_bottom, choose), self.ratio)
 
     def _condition(self, top: Tensor, labels: Tensor) -> Tensor:
-        """What the bottom is told (B, D, h r, w r)."""
+        """Of the bottom (B, D, h r, w r)."""
         return self.bottom.condition(labels) + self.upsample(self.embedding(top).movedim(-1, 1))
 
 
@@ -219,30 +176,17 @@ def nats(network: RasterNetwork, codes: Tensor, condition: Tensor) -> Tensor:
     return F.cross_entropy(network(codes, condition).float(), codes, reduction="none")
 
 
-def generate(network: RasterNetwork, known: Tensor, condition: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
+def generate(network: RasterNetwork, known: Tensor, condition: Tensor, noise: Tensor, choose: Chooser) -> Tensor:
     """Codes (B, H, W): `known` with a draw at each -1, from the uniform `noise` (B, N).
 
     One forward pass for each position that is open in any image, over all rows down to its own, on average half of the
-    plane; nothing is kept from pass to pass. `condition` has B rows, or 2 B, those without label behind, to be guided.
+    plane; nothing is kept from pass to pass. `condition` has B rows, or 2 B, those of the unconditional branch behind.
     """
     codes = known.clamp(min=0)  # what is open is not looked at before it is drawn
     copies = len(condition) // max(len(codes), 1)
-    pick = Chooser(sampling, codes.device)
-    for n in (known < 0).any(0).flatten().nonzero().flatten().tolist():
+    for n in numbers((known < 0).any(0).flatten().nonzero().flatten()):
         i, j = divmod(n, network.plane[1])
         rows = condition if condition.shape[2] == 1 else condition[:, :, : i + 1]
         logits = network(codes[:, : i + 1].repeat(copies, 1, 1), rows)[:, :, i, j]
-        codes[:, i, j] = pick(logits, noise[:, n], known[:, i, j])
-    pick.check()
+        codes[:, i, j] = choose(logits, noise[:, n], known[:, i, j])
     return codes
-
-
-def hidden(labels: Tensor, rate: float) -> Tensor:
-    """`labels` (B,), each replaced by -1 with probability `rate`."""
-    return labels.masked_fill(torch.rand(len(labels), device=labels.device) < rate, -1)
-
-
-def branches(labels: Tensor, sampling: Sampling) -> Tensor:
-    """`labels` (B,), followed by as many -1 where guidance has something to act on."""
-    needed = sampling.guidance and bool((labels >= 0).any())
-    return torch.cat([labels, torch.full_like(labels, -1)]) if needed else labels

@@ -1,4 +1,4 @@
-"""How many tokens stay masked, and which come next: pure functions of integers and ratios.
+"""Mask and guidance schedules, and orders of decoding: how many tokens stay masked, and which come next.
 
 `ratio` is the share of the decoding (or the draw of a training step) that is done, in [0, 1]; a schedule gives the
 fraction of tokens that is still masked, 1 at ratio 0 and 0 at ratio 1.
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,9 +82,10 @@ def truncated_normal(
     count: int, mean: float, std: float, low: float, high: float, device: torch.device | None = None
 ) -> Tensor:
     """(count,) draws from N(mean, std^2) on [low, high], by inversion of its distribution function."""
-    ends = torch.special.ndtr((torch.tensor([low, high], dtype=torch.float64, device=device) - mean) / std)
+    special: Any = torch.special
+    ends = special.ndtr((torch.tensor([low, high], dtype=torch.float64, device=device) - mean) / std)
     u = torch.rand(count, dtype=torch.float64, device=device)
-    draws = mean + std * torch.special.ndtri(torch.lerp(ends[0], ends[1], u))
+    draws = mean + std * special.ndtri(torch.lerp(ends[0], ends[1], u))
     return draws.clamp(low, high).float()
 
 
@@ -140,7 +142,8 @@ def _spread_order(grid: tuple[int, ...]) -> tuple[int, ...]:
 def spread_groups(grid: Sequence[int], groups: int = 12) -> list[list[int]]:
     """`spread_order` cut into `group_sizes`: the fixed schedule under which compression cost is measured."""
     order = spread_order(grid)
-    result, start = [], 0
+    result: list[list[int]] = []
+    start = 0
     for size in group_sizes(len(order), groups):
         result.append(order[start : start + size])
         start += size

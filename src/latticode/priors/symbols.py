@@ -1,4 +1,4 @@
-"""What stands at one position of a grid, as S symbols of small alphabets, and three ways to predict them.
+"""Codes as symbols of small alphabets (digits), and the three heads that predict the S symbols of a position.
 
 Codes are split into symbols where one softmax over all of them would be too large. M positions of a batch, S symbols of
 a position, K codes of a position, D width. Symbols of one level, which are neighbours, share an embedding and a head.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.derived import derived
 from latticode.nn.transformer import Transformer, initialise
 
 Choose = Callable[[int, Tensor], Tensor]  # slot and logits (M, size) to the embedding (M, D) of what was chosen there
@@ -29,6 +30,15 @@ class Digits(nn.Module):
         vocab: the number of codes of each of the K code slots.
         sizes: of the digits of every code; None keeps codes whole. Raises ValueError unless their product is each
             entry of `vocab`.
+
+    Examples:
+        >>> import torch
+        >>> digits = Digits([1000], [8, 5, 5, 5])
+        >>> digits.split(torch.tensor([[999], [-1]]))
+        tensor([[ 7,  4,  4,  4],
+                [-1, -1, -1, -1]])
+        >>> digits.join(torch.tensor([[7, 4, 4, 4]]))
+        tensor([[999]])
     """
 
     def __init__(self, vocab: Sequence[int], sizes: Sequence[int] | None) -> None:
@@ -38,19 +48,19 @@ class Digits(nn.Module):
             raise ValueError(f"digits must multiply to the codes of each slot, got {sizes} = {product} for {vocab}")
         self.sizes = list(vocab) if sizes is None else [*sizes] * len(vocab)  # of the S alphabets
         self.per_code = len(self.sizes) // len(vocab)
-        base = torch.tensor([1, *([] if sizes is None else sizes[:-1])]).cumprod(0)
-        self.register_buffer("base", base, persistent=False)
-        self.register_buffer("radix", torch.tensor(self.sizes).view(len(vocab), -1), persistent=False)
-
-    base: Tensor
-    radix: Tensor
+        self._digits = self.sizes[: self.per_code]  # of each code
+        self._base = [math.prod(self._digits[:i]) for i in range(self.per_code)]
 
     def split(self, codes: Tensor) -> Tensor:
-        digits = codes[..., None] // self.base % self.radix
-        return digits.masked_fill(codes[..., None] < 0, -1).flatten(-2)
+        known = codes >= 0
+        if self.per_code == 1:
+            return torch.where(known, codes, -1)
+        digits = [codes // base % size for base, size in zip(self._base, self._digits, strict=True)]
+        return torch.where(known[..., None], torch.stack(digits, dim=-1), -1).flatten(-2)
 
     def join(self, symbols: Tensor) -> Tensor:
-        return (symbols.unflatten(-1, (-1, self.per_code)) * self.base).sum(-1)
+        digits = torch.unflatten(symbols, -1, (-1, self.per_code)).unbind(-1)
+        return torch.stack([digit * base for digit, base in zip(digits, self._base, strict=True)]).sum(0)
 
 
 def levels_of(sizes: Sequence[int], shared: bool, tops: int = 0) -> list[int]:
@@ -67,20 +77,27 @@ def levels_of(sizes: Sequence[int], shared: bool, tops: int = 0) -> list[int]:
     return levels
 
 
-def table_of(sizes: Sequence[int], levels: Sequence[int]) -> tuple[int, Tensor]:
-    """The rows of one table of embeddings for all symbols, and the row (S,) where the alphabet of each begins."""
-    rows, starts, slot = 0, [], 0
+def table_of(sizes: Sequence[int], levels: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """The rows of one table of embeddings for all symbols, and the S rows where the alphabet of each begins."""
+    starts: list[int] = []
+    rows = slot = 0
     for count in levels:
         starts += [rows] * count
         rows += sizes[slot]
         slot += count
-    return rows, torch.tensor(starts)
+    return rows, tuple(starts)
+
+
+@derived
+def offsets(starts: Sequence[int]) -> Tensor:
+    """(S,) int64: what is added to a symbol to find its row in the table of `table_of`."""
+    return torch.tensor(starts)
 
 
 def nats(logits: Sequence[Tensor], symbols: Tensor, soft: Tensor | None = None, *, smoothing: float = 0.0) -> Tensor:
     """Cross entropy (..., S) of `symbols` (..., S), or of distributions `soft` (..., S, C) in their place, under S
     `logits` (..., size), with label smoothing."""
-    found = []
+    found: list[Tensor] = []
     for slot, p in enumerate(logits):
         target = symbols[..., slot] if soft is None else soft[..., slot, : p.shape[-1]].movedim(-1, 1)
         found.append(F.cross_entropy(p.float().movedim(-1, 1), target, reduction="none", label_smoothing=smoothing))
@@ -176,20 +193,14 @@ class TopBottom(Sequential):
     other's places.
     """
 
-    reads: Tensor
-    sees: Tensor
-
     def __init__(self, sizes: Sequence[int], *inner: Any, tops: int) -> None:
         super().__init__(sizes, *inner)
         self.tops = tops
-        slots = torch.arange(len(sizes))
-        self.register_buffer("reads", slots.clamp(max=tops), persistent=False)  # the input of each slot
-        self.register_buffer("sees", (slots <= slots[:, None]) | (slots[:, None] >= tops), persistent=False)
 
     def forward(self, context_MD: Tensor, embedded_MSD: Tensor) -> list[Tensor]:
         """Logits (M, size) of each symbol given the embeddings of the position's first symbols."""
         given_MTD = torch.cat([context_MD[:, None], embedded_MSD[:, : self.tops].cumsum(1)], dim=1)
-        y_MSD = self.transformer(given_MTD[:, self.reads] + self.slot, self.sees)
+        y_MSD = self._outputs(given_MTD)
         return [self._head(slot)(y_MD) for slot, y_MD in enumerate(y_MSD.unbind(1))]
 
     def generate(self, context_MD: Tensor, choose: Choose) -> Tensor:
@@ -200,7 +211,26 @@ class TopBottom(Sequential):
             y_MTD = self.transformer(torch.stack(given, dim=1) + self.slot[: slot + 1], is_causal=True)
             total_MD = total_MD + choose(slot, self._head(slot)(y_MTD[:, -1]))
             given.append(total_MD)
-        y_MSD = self.transformer(torch.stack(given, dim=1)[:, self.reads] + self.slot, self.sees)
+        y_MSD = self._outputs(torch.stack(given, dim=1))
         for slot in range(self.tops, len(self.slot)):
             total_MD = total_MD + choose(slot, self._head(slot)(y_MSD[:, slot]))
         return total_MD
+
+    def _outputs(self, given_MTD: Tensor) -> Tensor:
+        """Of all slots (M, S, D), given the inputs of the first ones and of the first of the others."""
+        slots, device = len(self.slot), given_MTD.device
+        inputs_MSD = given_MTD[:, reads(slots, self.tops, device=device)] + self.slot
+        return self.transformer(inputs_MSD, sees(slots, self.tops, device=device))
+
+
+@derived
+def reads(slots: int, tops: int) -> Tensor:
+    """(S,): the input of each slot of `TopBottom`."""
+    return torch.arange(slots).clamp(max=tops)
+
+
+@derived
+def sees(slots: int, tops: int) -> Tensor:
+    """(S, S) bool: which inputs each slot of `TopBottom` may attend to."""
+    at = torch.arange(slots)
+    return (at <= at[:, None]) | (at[:, None] >= tops)

@@ -1,7 +1,7 @@
-"""What reads captions for a prior: learned byte pairs with a small transformer, or a frozen T5.
+"""Text encoders of priors with captions: byte pair encoding with a small transformer, or a frozen T5.
 
-A reader is `forward(texts) -> (states (B, L, width), mask (B, L) bool)`. The first state of every text can be attended
-to, so that the empty text, which asks for an unconditional sample, has one too.
+A text encoder is `forward(texts) -> (states (B, L, width), mask (B, L) bool)`. The first state of every text can be
+attended to, so that the empty text, which asks for an unconditional sample, has one too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from latticode.nn.transformer import Transformer
+from latticode.priors.base import numbers
 
 BYTES = 256
 UNFITTED, NO_MERGE = -1, 0  # in the first row of the merges; in the rows that the captions had no pairs for
@@ -31,6 +32,14 @@ class BPE(nn.Module):
         size: of the vocabulary, with padding.
         length: tokens that a text may have.
         cut: leave out what is beyond `length`, instead of refusing the text.
+
+    Examples:
+        >>> bpe = BPE(size=270, length=8)
+        >>> bpe.fit(["a red cat", "a blue cat", "a cat"])
+        >>> bpe(["a cat", ""]).shape
+        torch.Size([2, 8])
+        >>> int(bpe([""]).sum())  # the empty text is all padding
+        0
     """
 
     merges: Tensor  # (size - 257, 2) int32
@@ -44,7 +53,7 @@ class BPE(nn.Module):
         self.size, self.length, self.cut = size, length, cut
         self.register_buffer("merges", torch.full((size - BYTES - 1, 2), UNFITTED, dtype=torch.int32))
         self._encoder: Any = None  # made of the merges when it is first needed
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(BPE._forget)  # pyright: ignore[reportUnknownMemberType]
 
     @property
     def fitted(self) -> bool:
@@ -83,14 +92,18 @@ class BPE(nn.Module):
             row[: len(found)] = torch.tensor(found, dtype=torch.int64)
         return ids.to(self.merges.device)
 
+    def _forget(self, _: Any) -> None:
+        self._encoder = None
+
     def _built(self) -> Any:
         if not self.fitted:
             raise ValueError("the vocabulary is not learned yet: fit it on captions, or load what was trained on some")
         package = _package("tokenizers")
         tokens = _alphabet(package)
         vocabulary = {token: i for i, token in enumerate(tokens)}
-        merges = []
-        for left, right in (self.merges - 1).tolist():
+        merges: list[tuple[str, str]] = []
+        pairs: list[list[int]] = numbers(self.merges - 1)
+        for left, right in pairs:
             if min(left, right) < 0:
                 break
             if max(left, right) >= len(tokens):
@@ -104,7 +117,18 @@ class BPE(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A bidirectional transformer over the tokens of `bpe`, after a learned start token. Padding is not attended to."""
+    """A bidirectional transformer over the tokens of `bpe`, after a learned start token. Padding is not attended to.
+
+    Examples:
+        >>> bpe = BPE(size=270, length=8)
+        >>> bpe.fit(["a red cat", "a blue cat", "a cat"])
+        >>> reader = TextEncoder(bpe, width=32, depth=1, heads=4)
+        >>> states, mask = reader(["a cat", ""])
+        >>> states.shape
+        torch.Size([2, 9, 32])
+        >>> mask.sum(1).tolist()[1]  # the empty text has a start token alone
+        1
+    """
 
     def __init__(self, bpe: BPE, width: int, depth: int, heads: int):
         super().__init__()
@@ -135,6 +159,15 @@ class T5Text(nn.Module):
     Args:
         name: folder or Hub name of a model with weights as safetensors, e.g. google/flan-t5-base.
         length: tokens that a text may have, with the last.
+
+    Examples:
+        It is downloaded, so this is not run with the tests.
+
+        ```python
+        reader = T5Text("google/flan-t5-base")
+        prior = MaskGIT([1024], [16, 16], text=reader)
+        prior.sample(1, Conditioning(texts=("a photo of a cat",)))
+        ```
     """
 
     def __init__(self, name: str, length: int = 64):
@@ -174,11 +207,7 @@ class T5Text(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for encoder in self._frozen:
             encoder._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-
-def _forget(bpe: BPE, _: Any) -> None:
-    bpe._encoder = None
+        return super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _normal(text: str) -> str:
