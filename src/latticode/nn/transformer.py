@@ -185,7 +185,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a final norm. With `context`, a width, each block attends to states (B, S, context) as well,
+    """`depth` blocks and, unless `norm` is False, a final norm. With `context`, a width, each block attends to states
+    (B, S, context) as well,
     of which the mask (B, S) bool tells those that are there.
 
     Examples:
@@ -207,13 +208,14 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         style: str = "gpt",
         context: int = 0,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth must be >= 1, got {depth}")
         self.width, self.heads, self.context = width, heads, context
         self.blocks = nn.ModuleList(Block(width, heads, mlp, dropout, style, context) for _ in range(depth))
-        self.norm = norm_of(style, width)
+        self.norm = norm_of(style, width) if norm else nn.Identity()
         self.apply(initialise)
         branches = (3 if context else 2) * depth  # add up in the stream: keep its variance independent of depth (GPT-2)
         with torch.no_grad():

@@ -83,6 +83,8 @@ class GPT(Prior):
         soft_labels: the temperature of the distributions by their distance from which training draws its codes and
             which are the targets in their place (2203.01941, section 3.2.3), for a tokenizer that can `soften`; 0: the
             targets are the tokenizer's codes.
+        norm_between: whether a norm stands between the transformer over positions and that within a position; False,
+            which needs `inner_depth`, is the authors' RQ-Transformer.
 
     Examples:
         >>> import torch
@@ -120,6 +122,7 @@ class GPT(Prior):
         shared: bool = False,
         tops: int = 0,
         soft_labels: float = 0.0,
+        norm_between: bool = True,
     ) -> None:
         super().__init__(vocab, grid, classes)
         check_rates(dropout=dropout, label_dropout=label_dropout)
@@ -134,9 +137,12 @@ class GPT(Prior):
         check_soft(soft_labels, digits)
         if (shared or tops) and not inner_depth:
             raise ValueError(f"shared and tops need inner_depth >= 1, got {inner_depth}")
+        if not norm_between and not inner_depth:
+            raise ValueError("norm_between=False needs inner_depth >= 1: one linear head alone needs the norm")
         if not 0 <= tops < len(self.vocab):
             raise ValueError(f"tops must leave one of the {len(self.vocab)} codes of a position, got {tops}")
         self.inner_depth, self.shared, self.tops, self.soft_labels = inner_depth, shared, tops, soft_labels
+        self.norm_between = norm_between
         self.symbols = Digits(self.vocab, self.digits)
         sizes = self.symbols.sizes
         self.first = tops * self.symbols.per_code  # symbols at the top
@@ -149,7 +155,7 @@ class GPT(Prior):
         if places != "learned":
             check_pairs(width // heads, len(self._axes))
         self.drop = nn.Dropout(dropout)
-        self.transformer = Transformer(width, depth, heads, mlp, dropout, style, context=self.attends)
+        self.transformer = Transformer(width, depth, heads, mlp, dropout, style, self.attends, norm_between)
         inner = (sizes, width, inner_depth, heads, mlp, dropout, style, levels)
         if not inner_depth:
             self.head = Joint(sizes, width)
