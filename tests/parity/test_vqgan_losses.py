@@ -8,6 +8,8 @@ zhaoyue-zephyrus/bsq-vit at 37d212d (LogitLaplaceLoss; DALL-E's own code of it i
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from drawn import close, drawn, golden, load, normal, uniform
