@@ -1,5 +1,5 @@
-"""Every kind of tokenizer as ONNX with a dynamic batch and dynamic sizes: at sizes that were never exported it gives the
-codes and the outputs of the module."""
+"""Every kind of tokenizer as ONNX with a dynamic batch and dynamic sizes: at sizes that were never exported it gives
+the codes and the outputs of the module."""
 
 from __future__ import annotations
 
