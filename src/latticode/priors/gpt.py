@@ -44,7 +44,7 @@ from latticode.priors.symbols import (
 )
 
 SPAN = 64  # attention reads the cache up to the next multiple: half the work in the mean, and few shapes to compile
-PLACES = ("learned", "rotary", "axial")
+PLACES = ("learned", "rotary", "axial", "llamagen")
 
 
 class State(NamedTuple):
@@ -70,7 +70,8 @@ class GPT(Prior):
         dropout: on the embeddings and on each branch.
         label_dropout: probability that training drops the label, for classifier-free guidance.
         places: how positions are told apart. "learned": a vector is added to each; "rotary": queries and keys are
-            turned by the place in the sequence; "axial": by the coordinates in the grid.
+            turned by the place in the sequence; "axial": by the coordinates in the grid; "llamagen":
+            the same, but queries and keys of the class are zeroed, as in LlamaGen's code.
         style: "gpt" or "llama", of the blocks (`latticode.nn.transformer.Block`).
         digits: sizes of the digits into which each code is split, first digit fastest, or None for whole codes; they
             must multiply to each entry of `vocab`. FSQ's levels or powers of 2 for groups of LFQ's bits.
@@ -175,11 +176,12 @@ class GPT(Prior):
         """The class stands at 0, the codes from 1 on along each axis: only distances between codes matter."""
         if self.places == "learned":
             return None
-        return sequence_table(self._axes, self.width // self.heads, device=self.device).to(self.label.weight.dtype)
+        table = llamagen_table if self.places == "llamagen" else sequence_table
+        return table(self._axes, self.width // self.heads, device=self.device).to(self.label.weight.dtype)
 
     @property
     def _axes(self) -> tuple[int, ...]:
-        return tuple(self.grid) if self.places == "axial" else (self.positions,)
+        return tuple(self.grid) if self.places in ("axial", "llamagen") else (self.positions,)
 
     def logits(self, symbols_BNS: Tensor, labels_B: Tensor, states: Tensor | None = None) -> list[Tensor]:
         """Logits (B, N, size) of each of the S symbols of every position, given all that stands before it.
@@ -315,3 +317,11 @@ def sequence_table(axes: Sequence[int], head_width: int) -> Tensor:
     """The rotary table (N, 2, E / 2) of a class and then all codes but the last of a grid."""
     cells = grid_coordinates(axes)[:-1] + 1
     return rotary_table(F.pad(cells, (0, 0, 1, 0)), head_width)
+
+
+@derived
+def llamagen_table(axes: Sequence[int], head_width: int) -> Tensor:
+    """The same with zeros for the class: its query attends to all alike, and every query scores its key with 0."""
+    table = sequence_table(axes, head_width, device=torch.device("cpu")).clone()
+    table[0] = 0
+    return table
