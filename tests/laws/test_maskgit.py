@@ -57,7 +57,7 @@ def test_every_pass_fixes_a_token(schedule: str, unknown: int, steps: int):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_fall_from_one_to_zero(schedule: str):
-    values = [SCHEDULES[schedule](i / 100) for i in range(101)]
+    values = [SCHEDULES[schedule](i / 100, 10**7) for i in range(101)]
     assert values[0] == pytest.approx(1)
     assert values[-1] == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in pairwise(values))

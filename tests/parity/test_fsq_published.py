@@ -1,4 +1,9 @@
-"""FSQ against the paper's formulas (App. A.1), written out again, and against vector-quantize-pytorch."""
+"""FSQ against the authors' code, against the paper's formulas (App. A.1), written out again, and against
+vector-quantize-pytorch.
+
+`fsq.npz` holds what the class of google-research/google-research, fsq/fsq.ipynb at 5e78683, gives with JAX 0.10.2 on a
+CPU: quantize, codes_to_indexes and the gradient of quantize.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from drawn import close, golden, random_state
 from latticode import FSQ
 
 LEVELS = [[5, 3], [8, 8], [8, 6, 5], [8, 5, 5, 5], [7, 5, 5, 5, 5], [8, 8, 8, 6, 5], [8, 8, 8, 5, 5, 5], [4, 16, 9, 2]]
@@ -27,6 +33,19 @@ def published(z: np.ndarray, levels: list[int]) -> tuple[np.ndarray, np.ndarray]
     basis = np.cumprod([1, *levels[:-1]])
     digits = (codes * (sizes // 2) + sizes // 2).round().astype(np.int64)
     return codes, (digits * basis).sum(-1)
+
+
+@pytest.mark.parametrize("levels", [*LEVELS[:-1], [3, 5, 4]], ids=str)
+def test_the_authors_code(levels: list[int]) -> None:
+    """Codes, latents and gradients for draws of which none lies within rounding of an edge."""
+    key, expected = "-".join(map(str, levels)), golden("fsq")
+    z = torch.from_numpy(random_state(f"fsq.{key}").standard_normal((200, len(levels))).astype(np.float32) * 2)
+    weights = torch.from_numpy(random_state(f"fsq.g.{key}").standard_normal((200, len(levels))).astype(np.float32))
+    out = FSQ(levels)(z.requires_grad_())
+    assert torch.equal(out.codes[:, 0], expected[f"{key}_codes"])
+    close(out.latents, expected[f"{key}_latents"], 1e-6)
+    (gradient,) = torch.autograd.grad((out.latents * weights).sum(), z)
+    close(gradient, expected[f"{key}_gradient"], 1e-5)
 
 
 @pytest.mark.parametrize("levels", LEVELS, ids=str)

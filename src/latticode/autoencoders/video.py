@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.nn.causal import CausalConv3d, CausalUpsample, FrameNorm
+from latticode.nn.causal import CausalConv3d, CausalUpsample, FrameNorm, put_before
 
 
 class ResidualBlock3d(nn.Module):
@@ -77,6 +77,7 @@ class VideoEncoder(_Settings):
         blocks: residual blocks per level, one number or one per level; the coarsest has two more.
         groups: of every group normalisation; divides every width.
         patch: (time, space) of the first convolution's stride, 1 or 2 each: no work at the resolution of the frames.
+        before: what the convolutions put before the first frame, "copies" of it or "zeros".
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class VideoEncoder(_Settings):
         blocks: int | Sequence[int] = 4,
         groups: int = 32,
         patch: Sequence[int] = (1, 1),
+        before: str = "copies",
     ):
         super().__init__(latent, width, multipliers, strides, blocks, groups, patch)
         self.in_channels = in_channels
@@ -105,6 +107,8 @@ class VideoEncoder(_Settings):
         self.mid = nn.Sequential(*(ResidualBlock3d(here, here, groups) for _ in range(2)))
         self.norm_out = FrameNorm(here, groups)
         self.conv_out = CausalConv3d(here, latent)
+        self.before = before
+        put_before(self, before)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -130,6 +134,7 @@ class VideoDecoder(_Settings):
         blocks: int | Sequence[int] = 4,
         groups: int = 32,
         patch: Sequence[int] = (1, 1),
+        before: str = "copies",
     ):
         super().__init__(latent, width, multipliers, strides, blocks, groups, patch)
         self.out_channels = out_channels
@@ -148,6 +153,8 @@ class VideoDecoder(_Settings):
         self.up = nn.ModuleList(reversed(levels))  # up.0 is the finest level, as in ConvDecoder
         self.norm_out = FrameNorm(here, groups)
         self.conv_out = CausalUpsample(here, out_channels, self.patch)
+        self.before = before
+        put_before(self, before)
 
     @property
     def last_layer(self) -> Tensor:

@@ -33,7 +33,7 @@ class Positions(nn.Module):
         self.table = nn.Parameter(sinusoids(side, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1:] == self.table.shape:
+        if not torch.compiler.is_compiling() and x.shape[1:] == self.table.shape:  # a graph serves every grid
             return x + self.table
         table = F.interpolate(self.table.movedim(-1, 0)[None], size=x.shape[1:3], mode="bilinear", align_corners=False)
         return x + table.movedim(1, -1)
@@ -51,6 +51,7 @@ class ViTEncoder(nn.Module):
         heads: of the attention.
         mlp: hidden width of the MLPs over `width`.
         side: patches per side of the training images, for which the table of positions is made.
+        style: of the blocks (`latticode.nn.transformer.Block`); "vitvqgan" is that of ViT-VQGAN's public code.
     """
 
     def __init__(
@@ -63,13 +64,15 @@ class ViTEncoder(nn.Module):
         heads: int = 8,
         mlp: float = 4.0,
         side: int = 32,
+        style: str = "gpt",
     ):
         super().__init__()
         self.in_channels, self.latent, self.patch, self.stride = in_channels, latent, patch, patch
         self.width, self.depth, self.heads, self.mlp, self.side = width, depth, heads, mlp, side
+        self.style = style
         self.patchify = nn.Conv2d(in_channels, width, patch, stride=patch)
         self.positions = Positions(side, width)
-        self.transformer = Transformer(width, depth, heads, mlp)
+        self.transformer = Transformer(width, depth, heads, mlp, style=style)
         self.head = nn.Linear(width, latent)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,13 +94,15 @@ class ViTDecoder(nn.Module):
         heads: int = 8,
         mlp: float = 4.0,
         side: int = 32,
+        style: str = "gpt",
     ):
         super().__init__()
         self.out_channels, self.latent, self.patch, self.stride = out_channels, latent, patch, patch
         self.width, self.depth, self.heads, self.mlp, self.side = width, depth, heads, mlp, side
+        self.style = style
         self.embed = nn.Linear(latent, width)
         self.positions = Positions(side, width)
-        self.transformer = Transformer(width, depth, heads, mlp)
+        self.transformer = Transformer(width, depth, heads, mlp, style=style)
         self.head = nn.Linear(width, out_channels * patch**2)
 
     @property

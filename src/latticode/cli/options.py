@@ -50,7 +50,7 @@ SAMPLING: dict[str, Any] = {  # for each field of Sampling
     "noise": typer.Option(min=0.0, help="Gumbel noise on the confidences, annealed to 0."),
     "guidance": typer.Option(help="w in l_c + w (l_c - l_0); 0 is off."),
     "guidance_schedule": typer.Option(help="Of w over the steps: constant, or from 0 to w: linear, cosine."),
-    "schedule": typer.Option(help="Of the masked fraction: cosine, arccos, linear, square, cubic, root."),
+    "schedule": typer.Option(help="Of the masked fraction: cosine, arccos, linear, square, cubic, root, log, exp."),
     "top_k": typer.Option(min=0, help="Draw from the k likeliest tokens; 0 = all."),
     "top_p": typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this total probability."),
     "revisions": typer.Option(min=0, help="Rounds in which a drafted image is drawn again, part by part."),

@@ -113,7 +113,7 @@ class Sampling:
     )
     guidance: float = 0.0  # w in l_c + w (l_c - l_0); 0 = off
     guidance_schedule: str = "constant"  # of w over an iterative decoder's steps: constant, linear or cosine
-    schedule: str = "cosine"  # of the masked fraction over the steps
+    schedule: str = "cosine"  # of the masked fraction over the steps (`latticode.priors.schedules`)
     revisions: int = 0  # rounds in which a drafted image is generated again, part by part (draft-and-revise)
     revise_steps: int = 2  # parts of a revision
     top_k: int = 0  # keep the k likeliest tokens; 0 = all

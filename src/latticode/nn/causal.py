@@ -105,13 +105,16 @@ class CausalConv3d(nn.Conv3d):
     """(B, in, T, H, W) -> (B, out, 1 + (T - 1) / st, H / ss, W / ss) with stride (st, ss, ss) (MAGVIT-v2, arXiv
     2310.05737, section 3.2).
 
-    kernel - 1 frames are put before the first one: copies of it, so that a single image passes through every tap in
-    time like a clip without motion. Around the frames there are zeros, below and at the right only where ss is 2.
+    kernel - 1 frames are put before the first one: `before` says "copies" of it, so that a single image passes through
+    every tap in time like a clip without motion, or "zeros", as in public reimplementations of MAGVIT-v2. Around the
+    frames there are zeros, below and at the right only where ss is 2.
 
     Examples:
         >>> CausalConv3d(3, 8, stride=(2, 2))(torch.randn(1, 3, 5, 16, 16)).shape
         torch.Size([1, 8, 3, 8, 8])
     """
+
+    before = "copies"
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: tuple[int, int] = (1, 1)):
         time, space = stride
@@ -119,12 +122,24 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(inputs, outputs, kernel, (time, space, space), (0, margin, margin))
 
     def forward(self, input: Tensor) -> Tensor:
-        before = self.kernel_size[0] - 1
-        if before:
-            input = torch.cat([input[:, :, :1].expand(-1, -1, before, -1, -1), input], 2)
+        if (missing := self.kernel_size[0] - 1) > 0:
+            first = input[:, :, :1] if self.before == "copies" else torch.zeros_like(input[:, :, :1])
+            input = torch.cat([first.expand(-1, -1, missing, -1, -1), input], 2)
         if self.stride[1] > 1:
             input = F.pad(input, (0, 1, 0, 1))
         return super().forward(input)
+
+
+BEFORE = ("copies", "zeros")
+
+
+def put_before(network: nn.Module, before: str) -> None:
+    """Let every causal convolution of `network` put this before the first frame. Raises ValueError for another word."""
+    if before not in BEFORE:
+        raise ValueError(f"before must be one of {', '.join(BEFORE)}, got {before!r}")
+    for module in network.modules():
+        if isinstance(module, CausalConv3d):
+            module.before = before
 
 
 class FrameNorm(nn.GroupNorm):

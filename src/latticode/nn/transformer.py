@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latticode.nn.rotary import rotated
 
-STYLES = ("gpt", "llama")
+STYLES = ("gpt", "llama", "vitvqgan")
 
 
 class Past(NamedTuple):
@@ -39,13 +39,15 @@ class Attention(nn.Module):
         torch.Size([2, 5, 16])
     """
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+    def __init__(
+        self, width: int, heads: int, dropout: float = 0.0, bias: bool = True, out_bias: bool | None = None
+    ) -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"heads must divide the width, got width {width} and heads {heads}")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias)
-        self.out = nn.Linear(width, width, bias)
+        self.out = nn.Linear(width, width, bias if out_bias is None else out_bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -108,6 +110,8 @@ class MLP(nn.Module):
         torch.Size([2, 5, 16])
     """
 
+    activation = staticmethod(F.gelu)
+
     def __init__(self, width: int, ratio: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
         hidden = round(width * ratio)
@@ -116,7 +120,13 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.dropout(self.down(F.gelu(self.up(x_BLD))))
+        return self.dropout(self.down(self.activation(self.up(x_BLD))))
+
+
+class TanhMLP(MLP):
+    """With tanh in place of the GELU, as in ViT-VQGAN's public code."""
+
+    activation = staticmethod(torch.tanh)
 
 
 class SwiGLU(nn.Module):
@@ -139,15 +149,19 @@ class SwiGLU(nn.Module):
         return self.dropout(self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD)))
 
 
+MLPS = {"gpt": MLP, "llama": SwiGLU, "vitvqgan": TanhMLP}
+
+
 def norm_of(style: str, width: int) -> nn.Module:
-    return nn.LayerNorm(width) if style == "gpt" else nn.RMSNorm(width, eps=1e-5)
+    return nn.RMSNorm(width, eps=1e-5) if style == "llama" else nn.LayerNorm(width)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); between them, with a context of that width (0 = none), x +
     cross_attention(norm(x), context), whose states are taken as they are (1706.03762's decoder).
 
-    Style "gpt" has LayerNorm, GELU and biases; "llama" RMSNorm, SwiGLU and no biases (2302.13971).
+    Style "gpt" has LayerNorm, GELU and biases; "llama" RMSNorm, SwiGLU and no biases (2302.13971);
+    "vitvqgan" is "gpt" with tanh and without biases of queries, keys and values, as ViT-VQGAN's public code is.
 
     Examples:
         >>> Block(16, heads=2, style="llama")(torch.randn(2, 5, 16), is_causal=True).shape
@@ -161,11 +175,11 @@ class Block(nn.Module):
         if style not in STYLES:
             raise ValueError(f"unknown style {style!r} of a transformer; valid: {', '.join(STYLES)}")
         self.norm1 = norm_of(style, width)
-        self.attention = Attention(width, heads, dropout, bias=style == "gpt")
+        self.attention = Attention(width, heads, dropout, style == "gpt", style != "llama")
         self.norm_context = norm_of(style, width) if context else None
-        self.cross_attention = CrossAttention(width, context, heads, dropout, style == "gpt") if context else None
+        self.cross_attention = CrossAttention(width, context, heads, dropout, style != "llama") if context else None
         self.norm2 = norm_of(style, width)
-        self.mlp = (MLP if style == "gpt" else SwiGLU)(width, mlp, dropout)
+        self.mlp = MLPS[style](width, mlp, dropout)
 
     def forward(
         self,
@@ -185,7 +199,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a final norm. With `context`, a width, each block attends to states (B, S, context) as well,
+    """`depth` blocks and, unless `norm` is False, a final norm. With `context`, a width, each block attends to states
+    (B, S, context) as well,
     of which the mask (B, S) bool tells those that are there.
 
     Examples:
@@ -207,13 +222,14 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         style: str = "gpt",
         context: int = 0,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth must be >= 1, got {depth}")
         self.width, self.heads, self.context = width, heads, context
         self.blocks = nn.ModuleList(Block(width, heads, mlp, dropout, style, context) for _ in range(depth))
-        self.norm = norm_of(style, width)
+        self.norm = norm_of(style, width) if norm else nn.Identity()
         self.apply(initialise)
         branches = (3 if context else 2) * depth  # add up in the stream: keep its variance independent of depth (GPT-2)
         with torch.no_grad():

@@ -44,7 +44,7 @@ from latticode.priors.symbols import (
 )
 
 SPAN = 64  # attention reads the cache up to the next multiple: half the work in the mean, and few shapes to compile
-PLACES = ("learned", "rotary", "axial")
+PLACES = ("learned", "rotary", "axial", "llamagen")
 
 
 class State(NamedTuple):
@@ -70,7 +70,8 @@ class GPT(Prior):
         dropout: on the embeddings and on each branch.
         label_dropout: probability that training drops the label, for classifier-free guidance.
         places: how positions are told apart. "learned": a vector is added to each; "rotary": queries and keys are
-            turned by the place in the sequence; "axial": by the coordinates in the grid.
+            turned by the place in the sequence; "axial": by the coordinates in the grid; "llamagen":
+            the same, but queries and keys of the class are zeroed, as in LlamaGen's code.
         style: "gpt" or "llama", of the blocks (`latticode.nn.transformer.Block`).
         digits: sizes of the digits into which each code is split, first digit fastest, or None for whole codes; they
             must multiply to each entry of `vocab`. FSQ's levels or powers of 2 for groups of LFQ's bits.
@@ -83,6 +84,8 @@ class GPT(Prior):
         soft_labels: the temperature of the distributions by their distance from which training draws its codes and
             which are the targets in their place (2203.01941, section 3.2.3), for a tokenizer that can `soften`; 0: the
             targets are the tokenizer's codes.
+        norm_between: whether a norm stands between the transformer over positions and that within a position; False,
+            which needs `inner_depth`, is the authors' RQ-Transformer.
 
     Examples:
         >>> import torch
@@ -120,6 +123,7 @@ class GPT(Prior):
         shared: bool = False,
         tops: int = 0,
         soft_labels: float = 0.0,
+        norm_between: bool = True,
     ) -> None:
         super().__init__(vocab, grid, classes)
         check_rates(dropout=dropout, label_dropout=label_dropout)
@@ -134,9 +138,12 @@ class GPT(Prior):
         check_soft(soft_labels, digits)
         if (shared or tops) and not inner_depth:
             raise ValueError(f"shared and tops need inner_depth >= 1, got {inner_depth}")
+        if not norm_between and not inner_depth:
+            raise ValueError("norm_between=False needs inner_depth >= 1: one linear head alone needs the norm")
         if not 0 <= tops < len(self.vocab):
             raise ValueError(f"tops must leave one of the {len(self.vocab)} codes of a position, got {tops}")
         self.inner_depth, self.shared, self.tops, self.soft_labels = inner_depth, shared, tops, soft_labels
+        self.norm_between = norm_between
         self.symbols = Digits(self.vocab, self.digits)
         sizes = self.symbols.sizes
         self.first = tops * self.symbols.per_code  # symbols at the top
@@ -149,7 +156,7 @@ class GPT(Prior):
         if places != "learned":
             check_pairs(width // heads, len(self._axes))
         self.drop = nn.Dropout(dropout)
-        self.transformer = Transformer(width, depth, heads, mlp, dropout, style, context=self.attends)
+        self.transformer = Transformer(width, depth, heads, mlp, dropout, style, self.attends, norm_between)
         inner = (sizes, width, inner_depth, heads, mlp, dropout, style, levels)
         if not inner_depth:
             self.head = Joint(sizes, width)
@@ -169,11 +176,12 @@ class GPT(Prior):
         """The class stands at 0, the codes from 1 on along each axis: only distances between codes matter."""
         if self.places == "learned":
             return None
-        return sequence_table(self._axes, self.width // self.heads, device=self.device).to(self.label.weight.dtype)
+        table = llamagen_table if self.places == "llamagen" else sequence_table
+        return table(self._axes, self.width // self.heads, device=self.device).to(self.label.weight.dtype)
 
     @property
     def _axes(self) -> tuple[int, ...]:
-        return tuple(self.grid) if self.places == "axial" else (self.positions,)
+        return tuple(self.grid) if self.places in ("axial", "llamagen") else (self.positions,)
 
     def logits(self, symbols_BNS: Tensor, labels_B: Tensor, states: Tensor | None = None) -> list[Tensor]:
         """Logits (B, N, size) of each of the S symbols of every position, given all that stands before it.
@@ -309,3 +317,11 @@ def sequence_table(axes: Sequence[int], head_width: int) -> Tensor:
     """The rotary table (N, 2, E / 2) of a class and then all codes but the last of a grid."""
     cells = grid_coordinates(axes)[:-1] + 1
     return rotary_table(F.pad(cells, (0, 0, 1, 0)), head_width)
+
+
+@derived
+def llamagen_table(axes: Sequence[int], head_width: int) -> Tensor:
+    """The same with zeros for the class: its query attends to all alike, and every query scores its key with 0."""
+    table = sequence_table(axes, head_width, device=torch.device("cpu")).clone()
+    table[0] = 0
+    return table

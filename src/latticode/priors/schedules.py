@@ -12,17 +12,22 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# MaskGIT (2202.04200), section 3.3 and figure 8; arccos is from later ports
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda ratio: math.cos(math.pi / 2 * ratio),
-    "arccos": lambda ratio: 2 / math.pi * math.acos(ratio),
-    "linear": lambda ratio: 1 - ratio,
-    "square": lambda ratio: 1 - ratio**2,
-    "cubic": lambda ratio: 1 - ratio**3,
-    "root": lambda ratio: 1 - math.sqrt(ratio),
+# The fraction at `ratio` of so many unknown tokens: MaskGIT (2202.04200), section 3.3 and figure 8, logarithm and
+# exponential as in the authors' code; arccos is from later ports.
+SCHEDULES: dict[str, Callable[[float, int], float]] = {
+    "cosine": lambda ratio, unknown: math.cos(math.pi / 2 * ratio),
+    "arccos": lambda ratio, unknown: 2 / math.pi * math.acos(ratio),
+    "linear": lambda ratio, unknown: 1 - ratio,
+    "square": lambda ratio, unknown: 1 - ratio**2,
+    "cubic": lambda ratio, unknown: 1 - ratio**3,
+    "root": lambda ratio, unknown: 1 - math.sqrt(ratio),
+    "log": lambda ratio, unknown: min(1.0, -math.log(max(ratio, 1 / unknown)) / math.log(max(unknown, 2))),
+    "exp": lambda ratio, unknown: 1 - unknown ** (ratio - 1),
+    "cosine-float32": lambda ratio, unknown: _cosine_float32(ratio, unknown),
 }
 # what of the guidance acts at a step: Muse (2301.00704, section 2.7) raises it linearly, later ports by half a cosine
 RAMPS: dict[str, Callable[[float], float]] = {
@@ -48,12 +53,19 @@ def remask_counts(unknown: int, steps: int, schedule: str = "cosine") -> list[in
     counts: list[int] = []
     left = unknown
     while left:
-        fraction = SCHEDULES[schedule]((len(counts) + 1) / steps) if len(counts) + 1 < steps else 0.0
+        fraction = SCHEDULES[schedule]((len(counts) + 1) / steps, unknown) if len(counts) + 1 < steps else 0.0
         last = left == 1 or len(counts) + 1 == steps
         # 1e-9: a product that is an integer must not fall below it by a rounding error
         left = 0 if last else max(1, min(left - 1, math.floor(unknown * fraction + 1e-9)))
         counts.append(left)
     return counts
+
+
+def _cosine_float32(ratio: float, unknown: int) -> float:
+    """The fraction behind the count that MaskGIT's code gets: its cosine and its product round to float32, so that a
+    count now and then is off by one from "cosine"."""
+    cosine = np.cos(np.float32(math.pi / 2) * np.float32(ratio), dtype=np.float32)
+    return max(0, math.floor(np.float32(unknown) * cosine)) / unknown
 
 
 def ratio_floor(min_masked: float) -> float:

@@ -240,6 +240,7 @@ class SimVQ(NearestCode):
         dim: D, the width of latents and codes.
         gradient: as for `VQ`.
         entropy: as for `VQ`.
+        bias: whether W has one, which moves all codes alike; the authors' code has it, the paper's formula has not.
 
     Raises:
         ValueError: for arguments outside the above.
@@ -248,24 +249,33 @@ class SimVQ(NearestCode):
     learned = True
     frozen: Tensor  # (K, D)
 
-    def __init__(self, size: int, dim: int, *, gradient: str = "straight-through", entropy: float | None = None):
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        gradient: str = "straight-through",
+        entropy: float | None = None,
+        bias: bool = False,
+    ):
         super().__init__()
         _check(size, dim, gradient, entropy)
         self.size, self.dim, self.vocab = size, dim, (size,)
-        self.gradient, self.entropy = gradient, entropy
+        self.gradient, self.entropy, self.bias = gradient, entropy, bias
         self.register_buffer("frozen", torch.randn(size, dim) * dim**-0.5)
-        self.transform = nn.Linear(dim, dim, bias=False)
+        self.transform = nn.Linear(dim, dim, bias=bias)
 
     def vectors(self) -> Tensor:
         # All of them, also for a few codes to decode: a matrix product rounds by its shape, and they would differ.
-        return F.linear(self.frozen.to(self._arithmetic), self.transform.weight.to(self._arithmetic))
+        bias = None if self.transform.bias is None else self.transform.bias.to(self._arithmetic)
+        return F.linear(self.frozen.to(self._arithmetic), self.transform.weight.to(self._arithmetic), bias)
 
     def _quantize(self, tokens: Tokens) -> Step:
         found = self._find(tokens)
         return Step(found.latents, found.codes[..., None], found.losses)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, {self.dim}, gradient={self.gradient!r}, entropy={self.entropy}"
+        return f"{self.size}, {self.dim}, gradient={self.gradient!r}, entropy={self.entropy}, bias={self.bias}"
 
 
 def _check(size: int, dim: int, gradient: str, entropy: float | None) -> None:

@@ -113,7 +113,8 @@ class Tokenizer(Pretrained):
         if len(size) != self.axes or any(n < m for n, m in zip(size, least, strict=True)):
             expected = INPUTS[self.axes].format(self.channels)
             raise ValueError(f"expected {expected} of at least {least} samples, got size {tuple(size)}")
-        return tuple(lead + -(-(n - lead) // s) for n, s, lead in zip(size, self.strides, self.leads, strict=True))
+        # Not -(-n // s): ONNX divides integers towards zero.
+        return tuple(lead + (n - lead + s - 1) // s for n, s, lead in zip(size, self.strides, self.leads, strict=True))
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes (B, *grid, K) of `images` (B, C, *size)."""
@@ -189,7 +190,10 @@ class Tokenizer(Pretrained):
             raise ValueError(f"expected finite values, got {count} of {images.numel()} that are NaN or infinite")
         whole = [lead + (g - lead) * s for g, s, lead in zip(grid, self.strides, self.leads, strict=True)]
         pad = [n - have for n, have in zip(whole, images.shape[2:], strict=True)]
-        return F.pad(images, [p for n in reversed(pad) for p in (0, n)], mode="replicate") if any(pad) else images
+        # A graph that is traced once must pad whatever size it is given; it could not choose.
+        if not torch.compiler.is_compiling() and not any(pad):
+            return images
+        return F.pad(images, [p for n in reversed(pad) for p in (0, n)], mode="replicate")
 
     def _cropped(self, output: Tensor, size: Sequence[int]) -> Tensor:
         if len(size) != self.axes:
