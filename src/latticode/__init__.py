@@ -1,5 +1,6 @@
 """latticode: images, video and audio as discrete tokens, and generators over them."""
 
+from latticode.core.plugins import register
 from latticode.core.pretrained import load_model as load
 from latticode.core.registry import build
 from latticode.core.types import Conditioning, Sampling
@@ -64,4 +65,5 @@ __all__ = [
     "accumulating",
     "build",
     "load",
+    "register",
 ]
