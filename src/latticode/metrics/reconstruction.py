@@ -20,8 +20,8 @@ METRICS: Table[Callable[[Tensor, Tensor], Tensor | None]] = Table("metric", {})
 class Joined:
     """The metrics of one kind of data and the means of registered ones, f(originals, output) -> (B,) or None.
 
-    Both arguments are float in [-1, 1]; rounded as they would be stored, pictures to 8 bits and sound to 16. A metric that returns
-    None for some data is not reported.
+    Both arguments are float in [-1, 1], rounded as they would be stored: pictures to 8 bits, sound to 16. A metric that
+    returns None for some data is not reported there.
     """
 
     def __init__(self, own: PixelMetrics | AudioMetrics | VideoMetrics, more: dict[str, Callable[..., Tensor | None]]):
