@@ -390,6 +390,18 @@ def test_given_data_are_a_function_of_seed_and_position() -> None:
     assert labels.tolist() == [i % 2 for i in range(11)]
 
 
+def test_ranks_share_a_given_dataset(monkeypatch) -> None:
+    whole = next(GivenLoader(Noisy(), given_config("batch_size=8")).batches(1))
+    monkeypatch.setattr("latticode.engine.given.distributed.world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr("latticode.engine.given.distributed.rank", lambda rank=rank: rank)
+        parts.append(next(GivenLoader(Noisy(), given_config(), shard=True).batches(1)).inputs)
+    assert torch.equal(torch.cat(parts), whole.inputs)
+    with pytest.raises(ConfigError, match="each of 2 processes would see the same examples"):
+        GivenLoader(as_loader(Noisy()), given_config(), shard=True)
+
+
 def test_a_classifier_and_a_prior_on_given_data(tmp_path) -> None:
     data = "data={source: given:noise, size: 8, channels: 1, workers: 0}"
     small = ["steps=2", "batch_size=4", "picture_every=2", data]
