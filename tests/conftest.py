@@ -20,8 +20,8 @@ def _seed() -> None:
 @pytest.fixture
 def unregistered() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    before = {kind: dict(known) for kind, known in plugins.names.items()}
+    before = {kind: dict(known) for kind, known in plugins.added.items()}
     yield
     for kind, known in before.items():
-        plugins.names[kind].clear()
-        plugins.names[kind].update(known)
+        plugins.added[kind].clear()
+        plugins.added[kind].update(known)

@@ -35,9 +35,10 @@ KINDS = {
     "study": "f(size) -> (spec of a quantizer of about that many codes, weights of its losses), for `latticode study`",
 }
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-names: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-
 T = TypeVar("T")
+added: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}  # by kind, what was registered
+_tables: dict[str, Table[Any]] = {}
+_asked = False
 
 
 class PluginWarning(UserWarning):
@@ -55,38 +56,37 @@ class Table(MutableMapping[str, T], Generic[T]):
     """
 
     def __init__(self, kind: str, own: Mapping[str, T]):
-        self.kind = kind
-        early = dict(names[kind])  # registered before the room of this kind was imported
-        self.loaded: dict[str, T] = names[kind]  # without the plug-ins that nobody has needed yet
-        self.loaded.clear()
-        self.loaded.update(own)
-        for name, thing in early.items():
-            try:
-                register(name, thing, kind)
-            except ValueError as error:
-                warnings.warn(f"left out: {error}", PluginWarning, stacklevel=2)
+        self.kind, self.own = kind, dict(own)
+        self.added: dict[str, T] = added[kind]
+        _tables[kind] = self
+        for name in self.own.keys() & self.added.keys():  # registered before the room of this kind was imported
+            warnings.warn(
+                f"left out: {_taken(kind, name, self.added.pop(name), self.own[name])}", PluginWarning, stacklevel=2
+            )
+
+    @property
+    def loaded(self) -> dict[str, T]:
+        """Without the plug-ins that nobody has needed yet."""
+        return {**self.own, **self.added}
 
     def __getitem__(self, name: str) -> T:
-        if name not in self.loaded:
+        if name not in self.own and name not in self.added:
             load_plugins()
-        return self.loaded[name]
+        return self.own[name] if name in self.own else self.added[name]
 
     def __setitem__(self, name: str, thing: T) -> None:
-        self.loaded[name] = thing
+        self.own[name] = thing
 
     def __delitem__(self, name: str) -> None:
-        del self.loaded[name]
+        del self.own[name]
 
     def __iter__(self) -> Iterator[str]:
         load_plugins()
-        return iter(tuple(self.loaded))
+        return iter(self.loaded)
 
     def __len__(self) -> int:
         load_plugins()
         return len(self.loaded)
-
-
-_asked = False
 
 
 def register(name: str, thing: Any, kind: str = "module") -> None:
@@ -123,12 +123,11 @@ def register(name: str, thing: Any, kind: str = "module") -> None:
         raise ValueError(f"a name has letters, digits, '_', '-' and '.' only, got {name!r}")
     if kind == "module" and not (isinstance(thing, type) and issubclass(thing, nn.Module)):
         raise ValueError(f"a module is {KINDS['module']}; got {thing!r} for {name!r}")
-    known = names[kind]
+    known = _tables[kind].loaded if kind in _tables else added[kind]
     if name in known and address(known[name]) != address(thing):
-        raise ValueError(
-            f"the {kind} {name!r} is there already ({address(known[name])}); choose another name for {address(thing)}"
-        )
-    known[name] = thing
+        raise ValueError(_taken(kind, name, thing, known[name]))
+    if kind not in _tables or name not in _tables[kind].own:
+        added[kind][name] = thing
 
 
 def load_plugins() -> None:
@@ -138,16 +137,20 @@ def load_plugins() -> None:
         return
     _asked = True
     for entry in sorted(metadata.entry_points(group=GROUP)):
-        before = {kind: dict(known) for kind, known in names.items()}
+        before = {kind: dict(known) for kind, known in added.items()}
         try:
             entry.load()
         except Exception as error:
             for kind, known in before.items():
-                names[kind].clear()
-                names[kind].update(known)
+                added[kind].clear()
+                added[kind].update(known)
             package = entry.dist.name if entry.dist else "?"
             what = f"the plug-in {entry.name!r} ({entry.value}) of the package {package} is left out"
             warnings.warn(f"{what}: {type(error).__name__}: {error}", PluginWarning, stacklevel=3)
+
+
+def _taken(kind: str, name: str, thing: Any, there: Any) -> str:
+    return f"the {kind} {name!r} is there already ({address(there)}); choose another name for {address(thing)}"
 
 
 def address(thing: Any) -> str:
