@@ -15,6 +15,7 @@ from latticode.priors.pixelcnn import PixelCNN, TwoLevel
 from latticode.quantizers import (
     BSQ,
     FSQ,
+    IBQ,
     LFQ,
     VQ,
     ChannelDim,
@@ -38,6 +39,7 @@ __all__ = [
     "DALLE",
     "FSQ",
     "GPT",
+    "IBQ",
     "LFQ",
     "MAGE",
     "VQ",

@@ -30,6 +30,7 @@ OWN: dict[str, str | type[nn.Module]] = {
     "lfq": "latticode.quantizers.binary:LFQ",
     "bsq": "latticode.quantizers.binary:BSQ",
     "gumbel": "latticode.quantizers.stochastic:Gumbel",
+    "ibq": "latticode.quantizers.ibq:IBQ",
     "stochastic_vq": "latticode.quantizers.stochastic:StochasticVQ",
     "qinco": "latticode.quantizers.implicit:QINCo",
     "projected": "latticode.quantizers.compose:Projected",
