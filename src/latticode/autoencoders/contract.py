@@ -78,7 +78,7 @@ def geometry(network: Any, kind: str) -> Geometry:
         >>> latticode.Tokenizer(torch.nn.Conv2d(3, 8, 4, 4), latticode.FSQ([4, 4]), torch.nn.Conv2d(8, 3, 1))
         Traceback (most recent call last):
         ...
-        ValueError: Conv2d is no encoder (latticode.autoencoders.contract): it lacks `latent` (an integer >= 1); ...
+        ValueError: Conv2d is no encoder (latticode.autoencoders.contract): it lacks `latent` (an integer >= 1)
     """
     wrong: list[str] = []
     for name in ("in_channels" if kind == "encoder" else "out_channels", "latent"):

@@ -112,7 +112,7 @@ def register(name: str, thing: Any, kind: str = "module") -> None:
         >>> latticode.register("coarse", Coarse)
         >>> latticode.build({"type": "coarse", "levels": [3, 3]}).vocab
         (9,)
-        >>> latticode.register("fsq", Coarse)
+        >>> latticode.register("fsq", Coarse)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         ValueError: the module 'fsq' is there already (latticode.quantizers.fsq:FSQ); choose another name for ...
