@@ -13,6 +13,7 @@ from latticode.core import registry
 from latticode.dense.tasks import Task
 from latticode.dense.uvim import UViM
 from latticode.priors import Guide
+from zoo import SPECS
 
 
 class Kinds(Task):
@@ -64,17 +65,11 @@ SIZES = {"code": [2, 3], "patch": 4, "side": 4, "width": 16, "heads": 2, "oracle
 FSQ = {"type": "fsq", "levels": [5, 3, 3]}
 VQ = {"type": "vq", "size": 45, "dim": 16, "normalize": True, "kmeans": False, "upkeep": "split", "decay": 0.995}
 EYE = {"type": "vit_encoder", "latent": 8, "patch": 4, "width": 8, "depth": 1, "heads": 2, "side": 4}
-ONE_CODE = {
-    "fsq": FSQ,
-    "vq": VQ,
-    "simvq": {"type": "simvq", "size": 45, "dim": 4},
-    "lfq": {"type": "lfq", "dim": 5},
-    "bsq": {"type": "bsq", "dim": 5},
-    "gumbel": {"type": "gumbel", "size": 45, "dim": 4},
-    "stochastic_vq": {"type": "stochastic_vq", "size": 45, "dim": 4},
-    "projected": {"type": "projected", "quantizer": FSQ, "dim": 16},
+ONE_CODE = {"projected": {"type": "projected", "quantizer": FSQ, "dim": 16}} | {
+    spec["type"]: spec  # the first in the zoo of every registered quantizer with one code for a position
+    for spec in reversed(SPECS.values())
+    if len(registry.build(spec).vocab) == 1
 }
-MANY_CODES = {"grouped", "hierarchical", "residual", "qinco"}
 both = pytest.mark.parametrize("quantizer", [FSQ, VQ], ids=["fsq", "vq"])
 
 

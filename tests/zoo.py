@@ -52,6 +52,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "gumbel": {"type": "gumbel", "size": 20, "dim": 4},
     "gumbel-hard": {"type": "gumbel", "size": 20, "dim": 4, "hard": True},
     "stochastic-vq": {"type": "stochastic_vq", "size": 20, "dim": 4},
+    "ibq": {"type": "ibq", "size": 48, "dim": 4},
+    "ibq-entropy": {"type": "ibq", "size": 33, "dim": 4, "entropy": 0.5},
     "rvq": residual(vq(48, 4), vq(48, 4), vq(33, 4, update="gradient")),
     "rvq-shared": residual(vq(48, 4), depth=3),
     "rvq-dropout": residual(vq(48, 4), depth=3, dropout=0.5),

@@ -1,5 +1,6 @@
 """latticode: images, video and audio as discrete tokens, and generators over them."""
 
+from latticode.core.plugins import register
 from latticode.core.pretrained import load_model as load
 from latticode.core.registry import build
 from latticode.core.types import Conditioning, Sampling
@@ -14,6 +15,7 @@ from latticode.priors.pixelcnn import PixelCNN, TwoLevel
 from latticode.quantizers import (
     BSQ,
     FSQ,
+    IBQ,
     LFQ,
     VQ,
     ChannelDim,
@@ -37,6 +39,7 @@ __all__ = [
     "DALLE",
     "FSQ",
     "GPT",
+    "IBQ",
     "LFQ",
     "MAGE",
     "VQ",
@@ -64,4 +67,5 @@ __all__ = [
     "accumulating",
     "build",
     "load",
+    "register",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from helpers import FSQ_SPEC, VQ_SPEC, tokenizer_spec
 from latticode import FSQ, Tokenizer, load
+from latticode.autoencoders import Decoder, Encoder, try_out
 from latticode.autoencoders.shuffle import shuffle, unshuffle
 from latticode.core.registry import TABLE, build, resolve, spec_of
 from latticode.tokenizers.hierarchical import HierarchicalTokenizer
@@ -58,6 +59,102 @@ CASES = {
     "feedback": tokenizer_spec(FSQ_SPEC | {"feedback": True}) | {"feedback": True},
     "two-grids-feedback": hierarchy([VQ_SPEC, FSQ_SPEC]) | {"feedback": True},
 }
+
+
+AUDIO = {"latent": 4, "width": 4, "strides": [2, 3], "dilations": [1]}
+VIDEO = {"latent": 4, "width": 4, "multipliers": [1, 1], "strides": [[2, 2]], "blocks": 1, "groups": 2, "patch": [1, 2]}
+PAIRS = {name: (spec["encoder"], spec["decoder"]) for name, spec in CASES.items() if "encoder" in spec} | {
+    name: (spec["encoder"], spec["decoder"])
+    for name, spec in {
+        "audio": pair("audio", FSQ_SPEC, 2, **AUDIO),
+        "causal-audio": pair("audio", FSQ_SPEC, 1, **AUDIO, causal=True),
+        "video": pair("video", FSQ_SPEC, **VIDEO),
+    }.items()
+}
+
+
+def test_every_registered_autoencoder_is_held_to_the_contract() -> None:
+    registered = {name for name, entry in TABLE.items() if str(entry).startswith("latticode.autoencoders.")}
+    assert registered - {"logit_laplace"} == {network["type"] for networks in PAIRS.values() for network in networks}
+
+
+@pytest.mark.parametrize("networks", PAIRS.values(), ids=PAIRS)
+def test_the_contract_of_autoencoders(networks: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    encoder, decoder = map(build, networks)
+    assert isinstance(encoder, Encoder)
+    assert isinstance(decoder, Decoder)
+    try_out(encoder, decoder)
+    try_out(encoder, decoder, positions=6)
+    if (reach := getattr(encoder, "reach", None)) is not None:
+        assert reach == decoder.reach >= 0
+
+
+class Coded(nn.Module):
+    """An encoder of stride 2, or its decoder, that one `change` breaks."""
+
+    def __init__(self, up: bool = False, **change: Any):
+        super().__init__()
+        self.up, self.latent, self.stride = up, 4, 2
+        self.in_channels = self.out_channels = 3
+        self.conv = nn.ConvTranspose2d(4, 3, 2, 2) if up else nn.Conv2d(3, 4, 2, 2)
+        self.last_layer = self.conv.weight
+        self.norm: Any = nn.Identity()
+        self.after: Any = lambda h: h
+        for name, value in change.items():
+            object.__setattr__(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ("up", "change", "message"),
+    [
+        (False, {"latent": None}, "Coded is no encoder .*: it lacks `latent` .an integer >= 1"),
+        (False, {"in_channels": 2.5}, "`in_channels` must be an integer >= 1, got 2.5"),
+        (False, {"latent": None, "stride": None}, "lacks `latent` .*; it lacks `stride` .samples per position"),
+        (False, {"stride": 0}, "`stride` must be of integers >= 1, got 0"),
+        (False, {"axes": 4}, "`axes` must be 1 .waveforms., 2 .images. or 3 .videos., got 4"),
+        (False, {"lead": -1}, "`lead` must be an integer >= 0, got -1"),
+        (True, {"last_layer": nn.Identity()}, "Coded is no decoder .*: `last_layer` must be a weight, got Identity"),
+        (True, {"out_channels": None}, "it lacks `out_channels`"),
+        (True, {"axes": 1}, "the same number of axes, got 2 and 1"),
+        (True, {"stride": 4}, "need one stride, got 2 and 4"),
+        (True, {"lead": 1}, "the same lead, got 0 and 1"),
+    ],
+)
+def test_a_tokenizer_says_what_of_the_contract_is_broken(up: bool, change: dict[str, Any], message: str) -> None:
+    networks = [Coded(False, **({} if up else change)), Coded(True, **(change if up else {}))]
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(networks[0], FSQ([3, 3]), networks[1])
+
+
+@pytest.mark.parametrize(
+    ("up", "change", "message"),
+    [
+        (False, {"latent": 5}, r"of \(2, 3, 8, 8\) it should make floats \(2, 5, 4, 4\), got \(2, 4, 4, 4\) float32"),
+        (False, {"stride": 4}, r"should make floats \(2, 4, 4, 4\), got \(2, 4, 8, 8\)"),
+        (False, {"after": torch.round_}, None),
+        (False, {"after": lambda h: h.long()}, r"should make floats .*, got \(2, 4, 4, 4\) int64"),
+        (False, {"after": lambda h: (h, h)}, "should make floats .*, got tuple"),
+        (False, {"after": lambda h: h - h.mean(0)}, "output of one example depends on the others in the batch"),
+        (True, {"out_channels": 1}, r"of \(2, 4, 4, 4\) it should make floats \(2, 1, 8, 8\)"),
+        (True, {"last_layer": nn.Parameter(torch.ones(3))}, "with all of `last_layer` 0 its output still depends"),
+    ],
+)
+def test_a_trial_says_what_a_pair_does_otherwise(up: bool, change: dict[str, Any], message: str | None) -> None:
+    encoder, decoder = Coded(False, **({} if up else change)), Coded(True, **(change if up else {}))
+    if change.get("stride"):
+        decoder.stride = change["stride"]
+    before = [p.clone() for p in decoder.parameters()]
+    if message is None:
+        try_out(encoder, decoder)
+    else:
+        with pytest.raises(ValueError, match=message):
+            try_out(encoder, decoder)
+    assert all(torch.equal(a, b) for a, b in zip(before, decoder.parameters()))
+    assert encoder.training
+    assert decoder.training
 
 
 def test_no_registered_tokenizer_is_left_out() -> None:

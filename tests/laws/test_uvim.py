@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import QUIET
-from kinds import EYE, FSQ, MANY_CODES, ONE_CODE, SIZES, VQ, Kinds, both, examples, guide, latents_of, relabelled, uvim
+from kinds import EYE, FSQ, ONE_CODE, SIZES, VQ, Kinds, both, examples, guide, latents_of, relabelled, uvim
 from latticode import load
 from latticode.core import registry
 from latticode.core.types import Batch, CodeBatch, Conditioning, Sampling
@@ -23,6 +23,7 @@ from latticode.engine.feed import _encoding
 from latticode.engine.objectives import GuidedObjective, PriorObjective
 from latticode.priors import Guide
 from latticode.priors.base import draw, filtered, uniforms
+from zoo import SPECS
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,8 @@ def _task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_code_quantizers_are_all_here():
     names = {n for n, entry in registry.TABLE.items() if str(entry).startswith("latticode.quantizers.")}
-    assert names == ONE_CODE.keys() | MANY_CODES
+    assert names == ONE_CODE.keys() | {spec["type"] for spec in SPECS.values()}
+    assert {"fsq", "vq", "simvq", "lfq", "bsq", "gumbel", "stochastic_vq", "projected"} <= ONE_CODE.keys()
 
 
 @pytest.mark.parametrize("quantizer", ONE_CODE.values(), ids=ONE_CODE)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from helpers import FSQ_SPEC, QUIET, TINY, VQ_SPEC, tiny_config, tiny_tokenizer, tokenizer_spec
 from latticode import load
+from latticode.core.types import Batch
 from latticode.engine import ConfigError, TrainingError, load_config, loop, train
 from latticode.engine.checkpoint import STATE
 from latticode.engine.config import OptimizerConfig, complete, read_run, with_digits
+from latticode.engine.given import GivenLoader
 from latticode.engine.loop import learning_rate
 from latticode.engine.objectives import TERMS
 
@@ -321,3 +327,138 @@ def test_a_signal_in_the_middle_of_an_agreement_is_not_lost(monkeypatch) -> None
         assert not interrupt.raised
         assert interrupt.on_any_rank()
         assert interrupt.raised
+
+
+# Data that a program gives
+
+
+class Noisy(Dataset[tuple[Tensor, int]]):
+    """Eleven pictures, each drawn anew by all three usual generators; `stop` ends the run at the n-th look."""
+
+    classes = ("even", "odd")
+
+    def __init__(self, stop: int = 0):
+        self.stop, self.looks = stop, 0
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.looks += 1
+        if self.looks == self.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        noise = torch.rand(1, 8, 8) / 8 + random.random() / 8 + float(np.random.rand()) / 8
+        return noise + index / 22, index % 2
+
+
+def given_config(*more: str):
+    return tiny_config(FSQ_SPEC, "data={source: given:noise, size: 8, channels: 1, workers: 0}", *more)
+
+
+def as_loader(data: Noisy, **options) -> DataLoader:
+    return DataLoader(data, batch_size=4, shuffle=True, **options)
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, as_loader, lambda d: as_loader(d, generator=torch.Generator())])
+def test_given_data_interrupted_and_resumed(tmp_path, wrap) -> None:
+    whole = train(given_config(), tmp_path / "whole", data=wrap(Noisy()), console=QUIET)
+    with pytest.raises(TrainingError, match=r"interrupted at step \d of 4, saved"):
+        train(given_config(), tmp_path / "cut", data=wrap(Noisy(stop=8)), console=QUIET)
+    torch.manual_seed(99)
+    random.seed(99)
+    again = train(given_config(), tmp_path / "cut", data=wrap(Noisy()), held_out=Noisy(), resume=True, console=QUIET)
+    assert same(again, whole)
+    assert not (whole / "images").exists()
+    assert (again / "images" / "reconstructions-000004.png").is_file()
+
+
+def test_given_data_are_a_function_of_seed_and_position() -> None:
+    config = given_config()
+    for wrap in (lambda data: data, as_loader, lambda data: as_loader(data, drop_last=True)):
+        loader = GivenLoader(wrap(Noisy()), config)
+        first = [batch.inputs for batch, _ in zip(loader.batches(), range(9))]
+        for start in (1, 5, 8):
+            assert torch.equal(next(loader.batches(start)).inputs, first[start])
+        assert not torch.equal(next(GivenLoader(wrap(Noisy()), given_config("seed=1")).batches()).inputs, first[0])
+        state = torch.get_rng_state(), random.getstate()
+        next(loader.batches())
+        assert torch.equal(torch.get_rng_state(), state[0])
+        assert random.getstate() == state[1]
+    with_workers = GivenLoader(Noisy(), given_config("data.workers=1")).batches(1)
+    assert torch.equal(next(with_workers).inputs, next(GivenLoader(Noisy(), config).batches(1)).inputs)
+    labels = torch.cat([batch.labels for batch in GivenLoader(Noisy(), config).epoch()])
+    assert labels.tolist() == [i % 2 for i in range(11)]
+
+
+def test_ranks_share_a_given_dataset(monkeypatch) -> None:
+    whole = next(GivenLoader(Noisy(), given_config("batch_size=8")).batches(1))
+    monkeypatch.setattr("latticode.engine.given.distributed.world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr("latticode.engine.given.distributed.rank", lambda rank=rank: rank)
+        parts.append(next(GivenLoader(Noisy(), given_config(), shard=True).batches(1)).inputs)
+    assert torch.equal(torch.cat(parts), whole.inputs)
+    with pytest.raises(ConfigError, match="each of 2 processes would see the same examples"):
+        GivenLoader(as_loader(Noisy()), given_config(), shard=True)
+
+
+def test_a_classifier_and_a_prior_on_given_data(tmp_path) -> None:
+    data = "data={source: given:noise, size: 8, channels: 1, workers: 0}"
+    small = ["steps=2", "batch_size=4", "picture_every=2", data]
+    classifier = load_config("classifier", [*small, "classifier.width=8"])
+    run = train(classifier, tmp_path / "classifier", data=Noisy(), held_out=Noisy(), console=QUIET)
+    assert load(run).classes == 2
+    tokenizer = train(given_config(), tmp_path / "tokenizer", data=Noisy(), console=QUIET)
+    config = load_config(
+        "maskgit", [f"tokenizer={tokenizer}", *small, "prior.width=8", "prior.depth=1", "prior.heads=1"]
+    )
+    run = train(config, tmp_path / "prior", data=as_loader(Noisy()), held_out=Noisy(), console=QUIET)
+    assert load(run).sample(2).shape == (2, 2, 2, 1)
+
+
+class Listed(Dataset):
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int):
+        return self.items[index]
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(torch.zeros(99, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Listed(), "the Dataset has no example"),
+        (Endless(), "a Dataset with a length or a DataLoader, got Endless"),
+        (DataLoader(Noisy(), batch_size=2), "the DataLoader's batch_size is 2, the run's 4"),
+        (Listed(torch.zeros(3, 8, 8)), r"say \(B, 1, 8, 8\), and the data are \(4, 3, 8, 8\) float32"),
+        (Listed(torch.zeros(1, 9, 9)), r"say \(B, 1, 8, 8\), and the data are \(4, 1, 9, 9\) float32"),
+        (Listed(torch.full((1, 8, 8), 255.0)), "floats in .* from 255 to 255"),
+        (Listed((torch.zeros(1, 8, 8), 0.5)), "as many integers as labels, got"),
+        (Listed({"image": torch.zeros(1, 8, 8)}), "an example is a tensor, a pair .* got dict"),
+    ],
+)
+def test_given_data_that_do_not_fit_are_refused(tmp_path, data, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(given_config(), tmp_path, data=data, console=QUIET)
+
+
+def test_given_data_and_their_source_go_together(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"given:NAME goes with train\(data=...\), got 'embedded:digits' and Noisy"):
+        train(tiny_config(), tmp_path, data=Noisy(), console=QUIET)
+    with pytest.raises(ConfigError, match="got 'given:noise' and none"):
+        train(given_config(), tmp_path, console=QUIET)
+    batches = [Batch(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), torch.arange(4))] * 5
+    loader = DataLoader(Listed(*batches), batch_size=None)
+    run = train(given_config("steps=2"), tmp_path, data=loader, console=QUIET)
+    evaluated = [sys.executable, "-m", "latticode", "evaluate", str(run)]
+    refused = subprocess.run(evaluated, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "'given:noise' is data that a program gave" in refused.stderr

@@ -1,10 +1,12 @@
 """Encoders and decoders: tensors in, tensors out.
 
-An encoder has `in_channels`, a decoder `out_channels` and `last_layer`, the weight that its output comes from; both
-have `latent`, `stride` and, if it is not 2, `axes` (see `latticode.tokenizers.tokenizer`).
+What one has to have, all of it, stands in `latticode.autoencoders.contract`: an encoder `in_channels`, a decoder
+`out_channels`, both `latent` and `stride`, and what else they say of themselves where it is not the usual: `axes`,
+`lead`, `reach`, and of a decoder `last_layer`. `try_out(encoder, decoder)` says what a pair breaks of it.
 """
 
 from latticode.autoencoders.audio import AudioDecoder, AudioEncoder
+from latticode.autoencoders.contract import Decoder, Encoder, try_out
 from latticode.autoencoders.conv import ConvDecoder, ConvEncoder
 from latticode.autoencoders.maskgit import MaskGITDecoder, MaskGITEncoder
 from latticode.autoencoders.pixels import LogitLaplace
@@ -18,6 +20,8 @@ __all__ = [
     "AudioEncoder",
     "ConvDecoder",
     "ConvEncoder",
+    "Decoder",
+    "Encoder",
     "LogitLaplace",
     "MaskGITDecoder",
     "MaskGITEncoder",
@@ -29,4 +33,5 @@ __all__ = [
     "ViTEncoder",
     "VideoDecoder",
     "VideoEncoder",
+    "try_out",
 ]

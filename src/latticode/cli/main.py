@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -14,6 +16,7 @@ from latticode.cli.sample import edit, sample
 from latticode.cli.study import compare, diagnose, levels, study
 from latticode.cli.tokens import decode, encode
 from latticode.cli.train import demo, recipes, report, train
+from latticode.core.plugins import PluginWarning, Table, address
 from latticode.version import __version__
 
 app = typer.Typer(
@@ -40,16 +43,39 @@ def root(
     """Images, video and audio to discrete tokens and back, and generators over the tokens."""
 
 
-VERBS = (
+OWN = (
     *(train, recipes, encode, decode, sample, edit, evaluate, predict, probe),
     *(study, compare, diagnose, levels, report, demo),
 )
-for verb in VERBS:
+VERBS: Table[Callable[..., None]] = Table("verb", {verb.__name__: verb for verb in OWN})
+for verb in OWN:
     app.command()(verb)
 
 
+def add_verbs() -> None:
+    """Add the verbs that plug-ins register; one that Typer cannot read is left out."""
+    there = {command.callback for command in app.registered_commands}
+    for name, verb in VERBS.items():
+        if verb not in there:
+            trial = typer.Typer()
+            trial.command(name)(verb)
+            try:
+                typer.main.get_command(trial)
+            except Exception as error:
+                warnings.warn(f"the verb {name!r} of {address(verb)} is left out: {error}", PluginWarning, stacklevel=2)
+            else:
+                app.command(name)(verb)
+
+
 def main() -> None:
-    """Run the command line; bad input, or an extra that is missing, ends with one message and exit code 2."""
+    """Run the command line, with the verbs of installed plug-ins; bad input, or an extra that is missing, ends with one
+    message and exit code 2."""
+    with warnings.catch_warnings(record=True) as left_out:
+        warnings.simplefilter("always", PluginWarning)
+        add_verbs()
+    for warning in left_out:
+        err.print("warning:", style="bold yellow", end=" ")
+        err.print(str(warning.message), markup=False, highlight=False, soft_wrap=True)
     try:
         app(prog_name="latticode")
     except Exception as error:

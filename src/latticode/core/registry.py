@@ -1,8 +1,9 @@
-"""One explicit table of everything a configuration can name, and `build`, which turns a spec into a module.
+"""One explicit table of every class that a configuration can name, and `build`, which turns a spec into a module.
 
 A spec is data: `{"type": "fsq", "levels": [8, 5, 5, 5]}`. Only names of this table are understood, so a configuration
 or an untrusted checkpoint can name no code. The table holds addresses, not classes: it imports nothing until something
-is built, so it can sit below every layer and serve all of them (a model saves itself without reaching up).
+is built, so it can sit below every layer and serve all of them (a model saves itself without reaching up). Classes of
+other packages join it by `latticode.register` (`latticode.core.plugins`).
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from latticode.core import renamed
+from latticode.core.plugins import Table, address, load_plugins, register
 
 Spec = dict[str, Any]
 
-TABLE: dict[str, str | type[nn.Module]] = {
+OWN: dict[str, str | type[nn.Module]] = {
     # quantizers
     "fsq": "latticode.quantizers.fsq:FSQ",
     "vq": "latticode.quantizers.vq:VQ",
@@ -27,6 +30,7 @@ TABLE: dict[str, str | type[nn.Module]] = {
     "lfq": "latticode.quantizers.binary:LFQ",
     "bsq": "latticode.quantizers.binary:BSQ",
     "gumbel": "latticode.quantizers.stochastic:Gumbel",
+    "ibq": "latticode.quantizers.ibq:IBQ",
     "stochastic_vq": "latticode.quantizers.stochastic:StochasticVQ",
     "qinco": "latticode.quantizers.implicit:QINCo",
     "projected": "latticode.quantizers.compose:Projected",
@@ -88,6 +92,7 @@ TABLE: dict[str, str | type[nn.Module]] = {
     "prior_classification": "latticode.engine.objectives:PriorClassificationObjective",
     "classification": "latticode.engine.objectives:ClassificationObjective",
 }
+TABLE = Table("module", OWN)
 
 
 class SpecError(ValueError):
@@ -106,7 +111,10 @@ def resolve(name: Any) -> type[nn.Module]:
     """The class behind a type name, old ones included. Raises SpecError for a name that is not in the table."""
     name = renamed.TYPES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in TABLE:
-        raise SpecError(f"unknown type {name!r}{nearest(str(name), TABLE)}")
+        raise SpecError(
+            f"unknown type {name!r}{nearest(str(name), TABLE)}. If it is a class of your own, call "
+            f"latticode.register({str(name)!r}, TheClass) first; if it is another package's, install that"
+        )
     entry = TABLE[name]
     if isinstance(entry, str):
         module, _, attribute = entry.partition(":")
@@ -166,13 +174,38 @@ def spec_of(module: nn.Module) -> Spec:
 
     That attribute exists by the house rule that a registered class keeps its arguments; a law test holds it.
     """
-    names = {cls: name for name in TABLE if _same(TABLE[name], cls := type(module))}
-    if type(module) not in names:
-        raise SpecError(f"{type(module).__name__} is not in the table; valid: {', '.join(sorted(TABLE))}")
-    return {
-        "type": names[type(module)],
-        **{key: _plain(getattr(module, key)) for key in parameters_of(type(module))},
-    }
+    cls = type(module)
+    name = _name_of(cls)
+    if name is None:
+        raise SpecError(
+            f"{cls.__name__} is not in the table, so no file can name it. Call latticode.register({snake(cls)!r}, "
+            f"{cls.__name__}) before it is saved and again wherever it is loaded, or have a package installed there "
+            "that does (its entry point latticode.plugins)"
+        )
+    spec = {"type": name}
+    for key in parameters_of(cls):
+        if not hasattr(module, key):
+            raise SpecError(
+                f"{cls.__name__} takes {key!r} and keeps no attribute of this name; a registered class keeps every "
+                "argument of its constructor as it was given"
+            )
+        spec[key] = _plain(getattr(module, key), f"{cls.__name__}.{key}")
+    return spec
+
+
+def snake(cls: type) -> str:
+    """The usual type name of a class: MyEncoder -> my_encoder, MySTFTLoss -> my_stft_loss."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+
+
+def _name_of(cls: type) -> str | None:
+    """The type name of a class; plug-ins are imported only if it has none without them."""
+    for _ in range(2):
+        found = next((name for name, entry in TABLE.loaded.items() if address(entry) == address(cls)), None)
+        if found is not None:
+            return found
+        load_plugins()
+    return None
 
 
 def essence(spec: Any) -> Any:
@@ -181,15 +214,36 @@ def essence(spec: Any) -> Any:
         return [essence(inner) for inner in spec]
     if not isinstance(spec, Mapping) or "type" not in spec:
         return spec
-    defaults = {key: _plain(p.default) for key, p in parameters_of(resolve(spec["type"])).items()}
+    parameters = parameters_of(resolve(spec["type"])).items()
+    defaults = {key: _plain(p.default, key) for key, p in parameters if p.default is not p.empty}
     return {key: essence(value) for key, value in spec.items() if key not in defaults or value != defaults[key]}
 
 
-def _same(entry: str | type, cls: type) -> bool:
-    return entry == f"{cls.__module__}:{cls.__qualname__}" if isinstance(entry, str) else entry is cls
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: Any, place: str) -> Any:
+    """A constructor's argument as data. Raises SpecError for what a spec cannot hold."""
     if isinstance(value, nn.ModuleList | list | tuple):
-        return [_plain(inner) for inner in value]
-    return spec_of(value) if isinstance(value, nn.Module) else value
+        return [_plain(inner, place) for inner in value]
+    if isinstance(value, nn.Module):
+        return spec_of(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, f"{place}.{key}") for key, inner in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise SpecError(
+        f"{place} is a {type(value).__name__}; a spec holds numbers, strings, booleans, None, lists, mappings, modules"
+    )
+
+
+__all__ = [
+    "TABLE",
+    "Spec",
+    "SpecError",
+    "build",
+    "check",
+    "essence",
+    "nearest",
+    "parameters_of",
+    "register",
+    "resolve",
+    "spec_of",
+]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable
 from pathlib import Path
 
+from latticode.core.plugins import Table
 from latticode.data import coco, embedded, folders, hub, idx, parquet, webdataset
 from latticode.data.media import DENSE, IMAGE, Medium
 from latticode.data.records import SPLITS, Record, Source, StreamSource, part_of
@@ -19,6 +21,35 @@ FORMS = (
     "COCO's panoptic annotations: their folder or one of the *.json files",
     "hub:owner/name or hub:owner/name?streaming",
     *(f"embedded:{name}" for name in sorted(embedded.SETS)),
+)
+
+
+def _open_hub(source: str, split: str, holdout: float, medium: Medium) -> Source:
+    _without_maps(source, medium)
+    return hub.open_hub(source, split, holdout, medium)
+
+
+def _open_embedded(source: str, split: str, holdout: float, medium: Medium) -> Source:
+    name = source.removeprefix("embedded:")
+    if name not in embedded.SETS:
+        raise ValueError(_unknown(source, f"embedded are {', '.join(sorted(embedded.SETS))}"))
+    kind, opener = embedded.SETS[name]
+    if kind.noun != medium.noun:
+        raise ValueError(f"{source} holds {kind.noun}s, not {medium.noun}s: data.kind={kind.name} reads it")
+    if kind is not DENSE:
+        _without_maps(source, medium)
+    return opener(source, split, holdout)
+
+
+def _given(source: str, split: str, holdout: float, medium: Medium) -> Source:
+    raise ValueError(
+        f"{source!r} is data that a program gave to `latticode.engine.train(..., data=...)`; nothing else can read it. "
+        "Name a source"
+    )
+
+
+OPENERS: Table[Callable[[str, str, float, Medium], Source]] = Table(
+    "source", {"hub": _open_hub, "embedded": _open_embedded, "given": _given}
 )
 
 
@@ -38,19 +69,9 @@ def open_source(source: str, split: str = "train", *, holdout: float = 0.1, medi
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if not 0 < holdout < 1:
         raise ValueError(f"holdout must lie strictly between 0 and 1, got {holdout}")
-    if source.startswith("hub:"):
-        _without_maps(source, medium)
-        return hub.open_hub(source, split, holdout, medium)
-    if source.startswith("embedded:"):
-        name = source.removeprefix("embedded:")
-        if name not in embedded.SETS:
-            raise ValueError(_unknown(source, f"embedded are {', '.join(sorted(embedded.SETS))}"))
-        kind, opener = embedded.SETS[name]
-        if kind.noun != medium.noun:
-            raise ValueError(f"{source} holds {kind.noun}s, not {medium.noun}s: data.kind={kind.name} reads it")
-        if kind is not DENSE:
-            _without_maps(source, medium)
-        return opener(source, split, holdout)
+    scheme, colon, _ = source.partition(":")
+    if colon and scheme in OPENERS:
+        return OPENERS[scheme](source, split, holdout, medium)
     path = Path(source).expanduser()
     if path.is_dir():
         return _open_folder(source, path, split, holdout, medium)
@@ -102,4 +123,5 @@ def _without_maps(source: str, medium: Medium) -> None:
 
 
 def _unknown(source: str, reason: str) -> str:
-    return f"unknown source {source!r}: {reason}. Valid forms: " + "; ".join(FORMS)
+    more = [f"{name}:..." for name in OPENERS if name not in ("hub", "embedded", "given")]
+    return f"unknown source {source!r}: {reason}. Valid forms: " + "; ".join([*FORMS, *more])

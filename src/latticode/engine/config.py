@@ -26,6 +26,7 @@ from pydantic import (
 
 from latticode.core import registry, renamed
 from latticode.core.mappings import differences
+from latticode.core.plugins import Table
 from latticode.core.registry import SpecError, nearest
 from latticode.data import AudioPreprocess, DensePreprocess, Preparation, Preprocess, VideoPreprocess
 from latticode.engine.schedules import RAMP_KEYS, Ramp, at_end, ramps_in
@@ -236,22 +237,32 @@ class RunConfig(_Section):
         return ramps
 
 
+RECIPES: Table[Any] = Table(  # name -> what has `read_text`
+    "recipe",
+    {
+        entry.name.removesuffix(".yaml"): entry
+        for entry in sorted((resources.files("latticode") / "recipes").iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".yaml")
+    },
+)
+
+
 def recipe_names() -> list[str]:
-    folder = resources.files("latticode") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    """The shipped recipes and those of plug-ins."""
+    return sorted(RECIPES)
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
-    """The content of a shipped recipe by name, or of a YAML file by path."""
+    """The content of a recipe by name, shipped or of a plug-in, or of a YAML file by path."""
     path = Path(recipe)
     recipe = renamed.RECIPES.get(recipe, recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"no recipe file {recipe}; shipped recipes: {', '.join(recipe_names())}")
         return parse_yaml(path.read_text(), recipe)
-    if recipe not in recipe_names():
+    if recipe not in RECIPES:
         raise ConfigError(f"no recipe {recipe!r}{nearest(recipe, recipe_names())}; or give the path of a .yaml file")
-    return parse_yaml((resources.files("latticode") / "recipes" / f"{recipe}.yaml").read_text(), recipe)
+    return parse_yaml(RECIPES[recipe].read_text(), recipe)
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from latticode.data import Loader, Source, StreamSource, TokenDataset, TokenLoad
 from latticode.data.records import TEXT_COLUMNS
 from latticode.dense.uvim import UViM
 from latticode.engine.config import ConfigError, RunConfig
+from latticode.engine.given import GivenLoader
 from latticode.priors.text import BPE
 from latticode.tokenizers.dataset import encode
 from latticode.tokenizers.tokenizer import Tokenizer
@@ -42,19 +43,26 @@ class Feed:
     texts: Callable[[], Iterator[str]] = lambda: iter(())  # all captions of a prior's training images
 
 
-def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Console) -> Feed:
-    """The data of a run. A prior's images are encoded once, to `folder`/tokens, unless augmentation varies them or the
-    prior wants codes drawn anew at every look (`soft_labels`)."""
+def open_feed(
+    config: RunConfig, folder: Path, device: torch.device, console: Console, given: tuple[Any, Any] | None = None
+) -> Feed:
+    """The data of a run, or what is `given` in their place: training and held-out data, the latter perhaps None. A
+    prior's images are encoded once, to `folder`/tokens, unless they are given, augmentation varies them or the prior
+    wants codes drawn anew at every look (`soft_labels`)."""
     data = config.data
-    loader = open_loader(config, data.split, batch_size=config.batch_size, shard=True)
-    held_out = open_loader(config, "all" if data.split == "all" else "test", batch_size=config.batch_size)
+    if given is None:
+        loader: Any = open_loader(config, data.split, batch_size=config.batch_size, shard=True)
+        held_out = open_loader(config, "all" if data.split == "all" else "test", batch_size=config.batch_size).epoch
+    else:
+        loader = GivenLoader(given[0], config, shard=True)
+        held_out = (lambda: iter(())) if given[1] is None else GivenLoader(given[1], config).epoch
     classes = loader.source.classes
     if config.kind == "classifier" and data.kind != "image":
         raise ConfigError(f"a classifier takes images, and data.kind is {data.kind}")
     if config.kind == "classifier" and not classes:
         raise ConfigError(f"a classifier needs labels, and {data.source} has none")
     if config.kind != "prior":
-        return Feed(loader.batches, held_out.epoch, loader.skipped, classes)
+        return Feed(loader.batches, held_out, loader.skipped, classes)
 
     tokenizer = Pretrained.from_pretrained(str(config.tokenizer)).to(device)
     if not isinstance(tokenizer, Tokenizer | UViM):
@@ -74,7 +82,7 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
     guiding = isinstance(tokenizer, UViM)  # its codes are of use beside their images only
     if soft and guiding:
         raise ConfigError("prior.soft_labels needs a tokenizer that draws its codes, and uvim does not")
-    if preprocess.flip or preprocess.windowed or soft or guiding:
+    if given or preprocess.flip or preprocess.windowed or soft or guiding:
         batches, skipped = _encoding(loader, tokenizer, device, soft), loader.skipped
         texts = partial(_texts, loader.source)
     else:
@@ -87,7 +95,7 @@ def open_feed(config: RunConfig, folder: Path, device: torch.device, console: Co
         tokens = TokenDataset(folder / "tokens", expect_hash=tokenizer.fingerprint())
         batches, skipped = TokenLoader(tokens, config.batch_size, **stream).batches, tokens.manifest["skipped"]
         texts = partial(_texts, tokens)
-    return Feed(batches, held_out.epoch, skipped, classes, tokenizer.vocab, grid, tokenizer.radix, tokenizer, texts)
+    return Feed(batches, held_out, skipped, classes, tokenizer.vocab, grid, tokenizer.radix, tokenizer, texts)
 
 
 def open_loader(config: RunConfig, split: str, *, batch_size: int, shard: bool = False, whole: bool = False) -> Loader:
@@ -106,7 +114,7 @@ def open_loader(config: RunConfig, split: str, *, batch_size: int, shard: bool =
 
 
 def _encoding(
-    loader: Loader, tokenizer: Any, device: torch.device, soft: float
+    loader: Loader | GivenLoader, tokenizer: Any, device: torch.device, soft: float
 ) -> Callable[[int], Iterator[CodeBatch]]:
     """Batches that are encoded as they are wanted; `soft` > 0: with codes drawn at that temperature, and what from."""
 

@@ -39,6 +39,7 @@ from latticode.engine.config import (
 )
 from latticode.engine.feed import learn_vocabulary, open_feed
 from latticode.engine.finetune import Parts, parts_from, start_from
+from latticode.engine.given import GIVEN
 from latticode.engine.monitor import Monitor
 from latticode.engine.objectives import Objective
 from latticode.engine.schedules import Schedules, check_movable
@@ -144,22 +145,41 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Console | None = None) -> Path:
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    data: Any = None,
+    held_out: Any = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Path:
     """Train what `config` describes and return `folder`, which then holds the run.
 
-    With `resume` an interrupted run goes on where its last checkpoint was and ends with the very weights that it would
-    have had; without it `folder` must not hold a run yet.
+    Args:
+        config: of `load_config`.
+        folder: of the run; must not hold one yet, unless `resume`.
+        data: a torch Dataset or DataLoader to train on (`latticode.engine.given` says what it may yield), where
+            `config.data.source` is "given:NAME", NAME for people to read; None: the examples are those of the source.
+        held_out: likewise, what to look at while training; None: nothing of `data` is looked at.
+        resume: go on where the last checkpoint of an interrupted run was. It ends with the very weights that it would
+            have had, provided that `data` are the same.
+        console: for the progress bar; default is standard error.
 
     Raises ConfigError for what cannot be run, TrainingError for a loss that is not finite, its subclass
     TrainingStoppedError if it was interrupted.
     """
+    if (data is not None) != config.data.source.startswith(GIVEN):
+        got = "none" if data is None else type(data).__name__
+        raise ConfigError(f"data.source={GIVEN}NAME goes with train(data=...), got {config.data.source!r} and {got}")
     console = console or Console(stderr=True)
     if saved_step(folder) and not resume:  # a run that failed in its very first step is no run
         raise ConfigError(f"{folder} already holds a run; resume it with --resume or choose another folder")
     AcceleratorState._reset_state()  # it would hold the first run of a process to its precision for all others
     accelerator = Accelerator(mixed_precision=config.precision, gradient_accumulation_steps=1)
     main = accelerator.is_main_process
-    feed = open_feed(config, folder, accelerator.device, console if main else Console(quiet=True))
+    given = None if data is None else (data, held_out)
+    feed = open_feed(config, folder, accelerator.device, console if main else Console(quiet=True), given)
     config = complete(config, classes=len(feed.classes), vocab=feed.vocab, grid=feed.grid)
     ramps = config.ramps
     if moved := [key for key in ramps if not key.startswith("weights.")]:

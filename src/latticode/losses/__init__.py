@@ -9,9 +9,10 @@ Examples:
     1.0
 """
 
+from latticode.core.plugins import Table
 from latticode.losses.reconstruction import PIXEL_TERMS
 from latticode.losses.spectral import SOUND_TERMS
 
-TERMS = {**PIXEL_TERMS, **SOUND_TERMS}  # name -> f(output, target)
+TERMS = Table("loss", {**PIXEL_TERMS, **SOUND_TERMS})  # name -> f(output, target)
 
 __all__ = ["PIXEL_TERMS", "SOUND_TERMS", "TERMS"]

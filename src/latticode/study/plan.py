@@ -15,6 +15,7 @@ import torch
 
 from latticode.core.files import write_text
 from latticode.core.mappings import differences
+from latticode.core.plugins import Table
 from latticode.core.registry import build, nearest
 from latticode.engine.config import (
     ConfigError,
@@ -101,7 +102,7 @@ def _whole_bits(name: str, size: int) -> int:
 
 # name -> size -> choice; the weights are beside a squared error of weight 1 on pixels in [-1, 1] and within 0.1 dB of
 # the best of those tried on CIFAR-10 at 256 codes (docs/log.md)
-QUANTIZERS: dict[str, Callable[[int], Choice]] = {
+STUDIED: dict[str, Callable[[int], Choice]] = {
     "fsq": _fsq,
     "fsq-clamp": partial(_fsq, bound="clamp"),
     "fsq-feedback": _fed_fsq,
@@ -112,6 +113,13 @@ QUANTIZERS: dict[str, Callable[[int], Choice]] = {
     "lfq": _lfq,
     "bsq": _bsq,
 }
+QUANTIZERS: Table[Callable[[int], Choice | tuple[Spec, dict[str, float]]]] = Table("study", STUDIED)
+
+
+def choice(name: str, size: int) -> Choice:
+    """Of a quantizer without changes; one that another package registers gives (spec, weights)."""
+    made = QUANTIZERS[name](size)
+    return made if isinstance(made, Choice) else Choice(*made)
 
 
 def variant(name: str, size: int) -> Choice:
@@ -122,7 +130,7 @@ def variant(name: str, size: int) -> Choice:
     base, *changes = name.split("+")
     if base not in QUANTIZERS:
         raise ValueError(f"no quantizer {base!r} to study{nearest(base, QUANTIZERS)}")
-    spec, weights, feedback = QUANTIZERS[base](size)
+    spec, weights, feedback = choice(base, size)
     changed = override({**spec, "weights": weights, "tokenizer": {"feedback": feedback}}, changes)
     weights, tokenizer = changed.pop("weights"), changed.pop("tokenizer")
     feedback = tokenizer.pop("feedback")
@@ -192,7 +200,7 @@ class Plan:
         spec, weights, feedback = variant(job.quantizer, job.size)
         recipe = read_recipe(self.recipe)
         content = override(recipe, [text for text in self.overrides if not text.startswith("prior.")])
-        foreign = {key for make in QUANTIZERS.values() for key in make(16).weights} - weights.keys()
+        foreign = {key for name in QUANTIZERS for key in choice(name, 16).weights} - weights.keys()
         own = {key: value for key, value in content["weights"].items() if key not in foreign}
         if not isinstance(content.get("tokenizer"), dict):
             raise ConfigError(f"recipe {self.recipe!r} trains no tokenizer, so there is nothing to give quantizers to")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.autoencoders.contract import paired
 from latticode.core.modules import described
 from latticode.core.pretrained import Pretrained
 from latticode.core.types import Quantized, Reconstruction, Softened
@@ -32,11 +32,9 @@ class Tokenizer(Pretrained):
     repeating the border, and the decoder's output is cropped to `size` again.
 
     Args:
-        encoder: has `in_channels`, `latent` and `stride`, one integer or one for each axis; may have `axes`, the number
-            of spatial axes (1 waveform, 2 image, 3 video; default 2), and `lead`, the number of samples at the start of
-            the first axis that make one position each (1: a video's first frame stands alone; default 0).
+        encoder: any module that keeps the contract of `latticode.autoencoders.contract.Encoder`.
         quantizer: any of the library.
-        decoder: has `out_channels`, `latent` and the same `stride`.
+        decoder: keeps that of `Decoder`, with the encoder's axes, stride and lead.
         pixels: what the decoder's output says of the pixels, e.g. `LogitLaplace`; None: it is the image itself.
         gain: the quantizer is given so many times what `quant_conv` says, > 0. At the start a convolutional encoder's
             latents are narrow beside the units of bounds and commitment losses; most quantizers reconstruct better
@@ -67,11 +65,8 @@ class Tokenizer(Pretrained):
             raise ValueError(f"gain must be > 0, got {gain}")
         self.gain, self.feedback = gain, feedback
         self.encoder, self.quantizer, self.decoder, self.pixels = encoder, quantizer, decoder, pixels
-        self.axes = int(getattr(encoder, "axes", 2))
-        self.leads = (int(getattr(encoder, "lead", 0)), *[0] * (self.axes - 1))
-        self.strides = _strides(encoder, self.axes)
-        if self.strides != _strides(decoder, self.axes):
-            raise ValueError(f"encoder and decoder need one stride, got {encoder.stride} and {decoder.stride}")
+        self.axes, self.strides, lead = paired(encoder, decoder)
+        self.leads = (lead, *[0] * (self.axes - 1))
         self._fit(0)
         if feedback:
             self.neighbours = nn.Linear(2 * self.axes * quantizer.dim, quantizer.dim, bias=False)
@@ -208,11 +203,3 @@ def _shifted(t: Tensor, axis: int, by: int) -> Tensor:
     """`t` moved along `axis` by 1 or -1, with zeros where nothing comes from."""
     zero, n = torch.zeros_like(t.narrow(axis, 0, 1)), t.shape[axis] - 1
     return torch.cat([zero, t.narrow(axis, 0, n)] if by == 1 else [t.narrow(axis, 1, n), zero], axis)
-
-
-def _strides(network: nn.Module, axes: int) -> tuple[int, ...]:
-    stride: Any = network.stride
-    strides = (stride,) * axes if isinstance(stride, int) else tuple(stride)
-    if len(strides) != axes:
-        raise ValueError(f"a stride is one number or one for each of {axes} axes, got {stride}")
-    return strides
