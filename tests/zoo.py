@@ -77,6 +77,13 @@ DRAWN = {
 SOFT = DRAWN - {"gumbel-hard", "rvq-dropout"}  # the latents of training are near those of the codes, not equal
 
 
+def types(spec: Any) -> set[str]:
+    """All type names in a spec."""
+    if isinstance(spec, dict):
+        return set().union({spec["type"]} if "type" in spec else set(), *map(types, spec.values()))
+    return set().union(*map(types, spec)) if isinstance(spec, list) else set()
+
+
 def latents(*shape: int, seed: int = 0) -> Tensor:
     """Values that bf16 holds exactly, so that one input exists in every dtype."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float()

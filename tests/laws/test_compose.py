@@ -149,6 +149,7 @@ def test_precision_is_float32_whatever_comes(nested: Quantizer):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.slow
 def test_one_graph(nested: Quantizer, training: bool):
     torch._dynamo.reset()
     nested.train(training)

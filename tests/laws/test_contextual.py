@@ -257,6 +257,7 @@ def test_samples_of_one_position_at_a_time_follow_the_model():
     assert chi < freedom + 4 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 def test_an_overfitted_prior_reproduces_its_images():
     torch.manual_seed(0)
     prior = ContextualRQ(

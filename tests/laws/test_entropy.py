@@ -306,6 +306,7 @@ def test_strided_inputs(case: Case):
     torch.testing.assert_close(with_gradients(function, *strided), with_gradients(function, *inputs))
 
 
+@pytest.mark.slow
 def test_one_graph(case: Case):
     torch._dynamo.reset()
     function, inputs = case

@@ -372,6 +372,7 @@ def test_steps_noise_and_schedule_have_no_meaning():
     [{"vocab": [12]}, {"vocab": [12], "digits": [4, 3], "inner_depth": 1, "places": "axial", "style": "llama"}],
     ids=["codes", "digits"],
 )
+@pytest.mark.slow
 def test_an_overfitted_prior_reproduces_its_images(spec: dict[str, Any]):
     torch.manual_seed(0)
     prior = GPT(**spec, grid=[3, 3], classes=2, width=32, depth=2, heads=2, dropout=0.0, label_dropout=0.5)

@@ -75,6 +75,7 @@ def test_a_large_vocabulary_has_no_large_softmax(kind: type[MaskGIT | MAGE], inn
     prior.check_codes(drawn)
 
 
+@pytest.mark.slow
 def test_digits_in_turn_learn_what_independent_ones_cannot():
     """Two digits that always agree: one bit a position in turn, two if each is drawn by itself."""
     costs = {}

@@ -402,6 +402,7 @@ def test_colours_of_a_palette_are_codes_like_any_other():
     prior.check_codes(sample)
 
 
+@pytest.mark.slow
 def test_an_overfitted_prior_reproduces_its_images():
     prior = small(width=48, dropout=0.0, label_smoothing=0.0, label_dropout=0.5)
     generator = torch.Generator().manual_seed(3)

@@ -178,6 +178,7 @@ def test_features_are_those_of_the_top():
     assert features[-1].requires_grad
 
 
+@pytest.mark.slow
 def test_an_overfitted_prior_paints_what_the_caption_says():
     """Two images of which captions alone tell which is meant; the fine level has nothing else to know it by."""
     prior = small(

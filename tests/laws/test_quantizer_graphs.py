@@ -54,6 +54,7 @@ def exported(trained: Quantizer) -> torch.export.ExportedProgram:
     return torch.export.export(Both(trained), (z, trained.encode(z)), dynamic_shapes=shapes)
 
 
+@pytest.mark.slow
 def test_exports_with_a_dynamic_batch(trained: Quantizer):
     program = exported(trained).module()
     z = latents(41, trained.dim, seed=3)
@@ -64,6 +65,7 @@ def test_exports_with_a_dynamic_batch(trained: Quantizer):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.slow
 def test_onnx_gives_the_same_codes(trained: Quantizer):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -159,6 +159,7 @@ def test_the_last_layer_carries_all_that_varies(tokenizer: Tokenizer) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vq", "vit", "logit-laplace", "three-grids", "shuffled", "palette"])
+@pytest.mark.slow
 def test_compiled_and_exported(name: str) -> None:
     tokenizer = prepared(CASES[name])
     x = images(tokenizer, 2, 13, 9)

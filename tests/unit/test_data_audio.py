@@ -296,6 +296,7 @@ def run(monkeypatch, capsys, *words: object) -> str:
     return printed.out
 
 
+@pytest.mark.slow
 def test_the_whole_road(folder, tmp_path, monkeypatch, capsys) -> None:
     trained, tokens, restored = tmp_path / "run", tmp_path / "tokens", tmp_path / "restored"
     run(monkeypatch, capsys, "train", "fsq-fsdd", *TINY, "--out", trained)

@@ -28,6 +28,7 @@ from latticode.evaluate import evaluate_prior, evaluate_tokenizer
 # Training
 
 
+@pytest.mark.slow
 def test_gradients_of_accumulated_parts_are_those_of_the_big_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,7 @@ def gpt(tmp_path_factory, tokenizer) -> Path:
     return train(config, tmp_path_factory.mktemp("gpt") / "run", console=QUIET)
 
 
+@pytest.mark.slow
 def test_a_run_is_probed_from_the_command_line(gpt):
     done = CliRunner().invoke(app, ["probe", str(gpt), "--limit", "150"])
     assert done.exit_code == 0, done.output

@@ -274,6 +274,7 @@ def test_the_command_line_writes_the_plan(tmp_path) -> None:
 # --- the jobs ---
 
 
+@pytest.mark.slow
 def test_the_table_repeats_the_evaluations(done) -> None:
     rows = lines(done)
     assert [(row["quantizer"], row["size"], row["seed"]) for row in rows] == [tuple(map(str, job)) for job in PLAN.jobs]
@@ -287,6 +288,7 @@ def test_the_table_repeats_the_evaluations(done) -> None:
         assert row["steps"] == "2"
 
 
+@pytest.mark.slow
 def test_the_page_shows_it(done) -> None:
     page = (done / "study.html").read_text()
     for title in ("Against the size of the codebook", "Numbers", "Reconstructions", "Levels", "Protocol"):
@@ -304,6 +306,7 @@ def test_finished_jobs_are_skipped(copied, monkeypatch) -> None:
     assert lines(copied) == before
 
 
+@pytest.mark.slow
 def test_shards_part_the_jobs_and_merge(done, tmp_path, monkeypatch) -> None:
     ran = []
 
@@ -320,6 +323,7 @@ def test_shards_part_the_jobs_and_merge(done, tmp_path, monkeypatch) -> None:
     assert lines(tmp_path) == lines(done)
 
 
+@pytest.mark.slow
 def test_a_failing_job_is_recorded_and_the_others_go_on(copied, monkeypatch) -> None:
     broken, other = PLAN.jobs[1], PLAN.jobs[2]
     whole = lines(copied)
@@ -344,6 +348,7 @@ def test_a_failing_job_is_recorded_and_the_others_go_on(copied, monkeypatch) -> 
     assert [row["psnr"] for row in lines(copied)] == [row["psnr"] for row in whole]
 
 
+@pytest.mark.slow
 def test_an_interruption_ends_the_study(copied, monkeypatch) -> None:
     job = PLAN.jobs[0]
     (copied / "jobs" / job.name / "job.json").unlink()
@@ -360,6 +365,7 @@ def test_an_interruption_ends_the_study(copied, monkeypatch) -> None:
     assert "3 of 4" in (copied / "study.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_long_study_shows_what_there_is_and_what_it_does(done, tmp_path, monkeypatch) -> None:
     shown, out = [], io.StringIO()
 
@@ -427,6 +433,7 @@ def test_spread_over_seeds() -> None:
     assert found[64] == (23.0, None)
 
 
+@pytest.mark.slow
 def test_a_study_with_priors_that_measures_its_steps(tmp_path) -> None:
     network = str(Classifier(10, 1, 4).save_pretrained(tmp_path / "classifier"))
     small = (*SMALL, "prior.width=16", "prior.depth=1", "prior.heads=2", "prior.digits=own", "prior.inner_depth=1")
