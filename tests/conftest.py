@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "leave out tests marked slow, and of the cases of a test that differ by a spec all that bring no new class"
+    help = "leave out tests marked slow, and cases of a test that bring no value, or class in a spec, that is new"
     parser.addoption("--quick", action="store_true", help=help)
 
 
@@ -30,33 +30,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def quick(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """Those that are not slow; of the cases of a test that differ only by a spec, the first with each class.
+    """Those that are not slow; of the cases of one test, those that bring something new.
 
-    A case is kept if its spec names a registered class that no case before it did: the first FSQ and no other, but a
-    tokenizer for each class of encoder.
+    That is a value of a parameter that no case before it had or, where the value is a spec, a registered class: of the
+    laws of all quantizers the first FSQ and no other, and of those of all tokenizers one with each class of encoder.
     """
-    seen: dict[Any, set[str]] = {}
+    seen: dict[Any, set[Any]] = {}
     for item in items:
         if item.get_closest_marker("slow"):
             continue
-        if isinstance(item, pytest.Function) and (case := getattr(item, "callspec", None)):
-            specs = {name: spec for name, value in case.params.items() if (spec := spec_of(value, item.module))}
-            if specs:
-                others = tuple(id(value) for name, value in case.params.items() if name not in specs)
-                before = seen.setdefault((item.parent, item.originalname, others), set())
-                new = zoo.types(list(specs.values())) - before
-                before |= new
-                if not new:
-                    continue
+        case = getattr(item, "callspec", None)
+        if isinstance(item, pytest.Function) and case is not None:
+            before = seen.setdefault((item.parent, item.originalname), set())
+            new = {(name, one) for name, value in case.params.items() for one in parts(value, item.module)} - before
+            before |= new
+            if not new:
+                continue
         yield item
 
 
-def spec_of(value: Any, module: Any) -> Any:
-    """The spec that a parameter of a test is, or names in a table of specs: of its module or of the zoo."""
-    if isinstance(value, str):
-        tables = [table for table in (*vars(module).values(), zoo.SPECS) if isinstance(table, dict)]
-        return next((table[value] for table in tables if zoo.types(table.get(value))), None)
-    return value if zoo.types(value) else None
+def parts(value: Any, module: Any) -> set[Any]:
+    """The classes in a spec, or in the spec that a name stands for in a table of the test's module or of the zoo; of
+    any other value of a parameter itself."""
+    tables = [table for table in (*vars(module).values(), zoo.SPECS) if isinstance(table, dict)]
+    named = [table.get(value) for table in tables] if isinstance(value, str) else []
+    return next((found for spec in (value, *named) if (found := zoo.types(spec))), {id(value)})
 
 
 @pytest.fixture(autouse=True)
