@@ -76,6 +76,20 @@ DRAWN = {
 }  # random in training
 SOFT = DRAWN - {"gumbel-hard", "rvq-dropout"}  # the latents of training are near those of the codes, not equal
 
+# Options that act on a training step and on nothing else; a test holds that without them a graph is the same.
+OF_TRAINING = {"noise", "gradient", "upkeep", "decay", "restart", "entropy", "sync", "hard", "dropout"}
+
+
+def at_rest(spec: Any) -> Any:
+    """`spec` without what acts in training alone."""
+    if isinstance(spec, dict):
+        return {key: at_rest(value) for key, value in spec.items() if key not in OF_TRAINING}
+    return [at_rest(value) for value in spec] if isinstance(spec, list) else spec
+
+
+# The first spec that is the same at rest, by name: encode, decode and eval mode of both are one graph.
+SAME_AT_REST = {name: next(one for one in SPECS if at_rest(SPECS[one]) == at_rest(SPECS[name])) for name in SPECS}
+
 
 def types(spec: Any) -> set[str]:
     """All type names in a spec."""
