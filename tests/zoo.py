@@ -17,7 +17,7 @@ def fsq(*levels: int, **options: Any) -> dict[str, Any]:
 
 
 def residual(*stages: dict[str, Any], **options: Any) -> dict[str, Any]:
-    return {"type": "residual", "stages": list(stages) if len(stages) > 1 else stages[0], **options}
+    return {"type": "residual", "stages": stages[0] if len(stages) == 1 else list(stages), **options}
 
 
 SPECS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ CRITICS = {f"patch-{norm}": PATCH | {"norm": norm} for norm in NORMS} | {
 }
 
 
-@pytest.fixture(params=CRITICS.values(), ids=CRITICS)
+@pytest.fixture(params=CRITICS.values(), ids=list(CRITICS))
 def critic(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param | {"channels": 3})
 

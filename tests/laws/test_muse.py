@@ -85,6 +85,7 @@ def test_the_top_is_a_maskgit_and_does_not_see_the_bottom():
     known = torch.full((3, 2, 3, 5), -1)
     known[..., 1:] = codes[..., 1:]
     assert torch.equal(prior.sample(3, cond, sampling=sampling, seed=3, known=known)[..., :1], top)
+    assert cond.labels is not None
     torch.testing.assert_close(prior.top.cost(codes[..., 0].flatten(1), cond.labels), peer.bits(codes[..., :1], cond))
 
 

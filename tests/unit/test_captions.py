@@ -99,9 +99,8 @@ def test_tar_groups_them_with_their_image(tmp_path) -> None:
 
 @pytest.mark.parametrize("lists", [True, False])
 def test_hub(tmp_path, monkeypatch, lists) -> None:
-    import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     column = pa.array([["a", "b"], ["c"]]) if lists else pa.array(["a", "c"])
     images = [{"bytes": png(i), "path": None} for i in range(2)]
     (tmp_path / "data").mkdir()
@@ -377,14 +376,15 @@ class ByGrey(nn.Module):
 
 def score(prior: Listener, source: Source | None = None, **options: Any) -> dict[str, Any]:
     loader = Loader(source or Captioned(), Preprocess(8, 1), 5)
-    tokenizer, judge = Greys(), ByGrey()
+    tokenizer: Any = Greys()
+    judge: Any = ByGrey()
     return evaluate_prior(
         prior,
         tokenizer,
         loader,
         sampling=Sampling(),
         classifier=judge,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 

@@ -308,7 +308,7 @@ def test_digits_of_a_prior_are_those_of_its_tokenizer_where_it_says_own(tmp_path
         run = train(config, tmp_path / digits, console=QUIET)
         prior = load(run)
         assert (prior.digits, prior.vocab) == (expected, [15])
-        assert read_run(run).prior["digits"] == yaml.safe_load(digits), "what was asked for"
+        assert (read_run(run).prior or {})["digits"] == yaml.safe_load(digits), "what was asked for"
     assert with_digits({"type": "gpt", "digits": "own"}, None) == {"type": "gpt", "digits": None}
 
 

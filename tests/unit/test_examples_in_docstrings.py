@@ -41,7 +41,7 @@ MODULES = sorted(
 def public() -> dict[str, object]:
     """What `latticode` exports and every registered class, by name."""
     exported = {name: getattr(latticode, name) for name in latticode.__all__ if not name.startswith("_")}
-    return exported | {cls.__name__: cls for cls in map(registry.resolve, registry.TABLE)}
+    return {**exported, **{cls.__name__: cls for cls in map(registry.resolve, registry.TABLE)}}
 
 
 def test_every_public_name_has_an_example() -> None:

@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import count
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -196,7 +197,7 @@ def test_an_override_of_priors_is_of_their_run_or_of_the_prior(tmp_path) -> None
     plan = replace(PLAN, overrides=("prior.width=16", "prior.heads=2", "prior.batch_size=7", "prior.optimizer.lr=1e-4"))
     config = plan.prior_config(plan.jobs[0], tmp_path)
     assert config.data == plan.tokenizer_config(plan.jobs[0]).data
-    assert (config.prior["width"], config.batch_size, config.optimizer.lr) == (16, 7, 1e-4)
+    assert ((config.prior or {})["width"], config.batch_size, config.optimizer.lr) == (16, 7, 1e-4)
     assert plan.tokenizer_config(plan.jobs[0]).batch_size != 7
 
 
@@ -400,13 +401,14 @@ def test_jobs_of_different_protocols_do_not_mix(copied, file) -> None:
 def test_no_two_lines_of_a_chart_look_alike() -> None:
     series = {f"quantizer {i}": [(4.0, 20.0 + i, 0.1), (6.0, 22.0 + i, 0.1)] for i in range(20)}
     (axes,) = figures.trade_off("psnr", "bits", series).axes
-    lines = [container.lines[0] for container in axes.containers]
+    lines = [container.lines[0] for container in cast(Any, axes.containers)]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 20
 
 
 def test_the_chart_shows_means_spreads_and_the_diagonal() -> None:
     series = {"fsq": [(4.0, 3.0, 0.5), (8.0, 7.0, 0.25)], "vq": [(4.0, 2.0, 0.0)]}
     figure = figures.trade_off("entropy", "bits", series, diagonal=True)
+    axes: Any
     (axes,) = figure.axes
     first, second = axes.containers
     assert first.lines[0].get_xydata().tolist() == [[4, 3], [8, 7]]
@@ -421,7 +423,8 @@ def test_the_chart_shows_means_spreads_and_the_diagonal() -> None:
 def test_distances_of_real_images_have_no_chart() -> None:
     row = {"quantizer": "fsq", "size": 16, "bits": 4.0, "psnr": 20.0, "fid_judge": 3.0, "fid_judge_real": 0.2}
     by_size, by_cost = charts([row])
-    assert [picture.image.axes[0].get_title(loc="left") for picture in by_size] == ["PSNR, dB", "FID of samples"]
+    figures: list[Any] = [picture.image for picture in by_size]
+    assert [figure.axes[0].get_title(loc="left") for figure in figures] == ["PSNR, dB", "FID of samples"]
     assert by_cost == []
 
 
