@@ -17,7 +17,7 @@ def fsq(*levels: int, **options: Any) -> dict[str, Any]:
 
 
 def residual(*stages: dict[str, Any], **options: Any) -> dict[str, Any]:
-    return {"type": "residual", "stages": list(stages) if len(stages) > 1 else stages[0], **options}
+    return {"type": "residual", "stages": stages[0] if len(stages) == 1 else list(stages), **options}
 
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -77,6 +77,27 @@ DRAWN = {
     "rvq-dropout",
 }  # random in training
 SOFT = DRAWN - {"gumbel-hard", "rvq-dropout"}  # the latents of training are near those of the codes, not equal
+
+# Options that act on a training step and on nothing else; a test holds that without them a graph is the same.
+OF_TRAINING = {"noise", "gradient", "upkeep", "decay", "restart", "entropy", "sync", "hard", "dropout"}
+
+
+def at_rest(spec: Any) -> Any:
+    """`spec` without what acts in training alone."""
+    if isinstance(spec, dict):
+        return {key: at_rest(value) for key, value in spec.items() if key not in OF_TRAINING}
+    return [at_rest(value) for value in spec] if isinstance(spec, list) else spec
+
+
+# The first spec that is the same at rest, by name: encode, decode and eval mode of both are one graph.
+SAME_AT_REST = {name: next(one for one in SPECS if at_rest(SPECS[one]) == at_rest(SPECS[name])) for name in SPECS}
+
+
+def types(spec: Any) -> set[str]:
+    """All type names in a spec."""
+    if isinstance(spec, dict):
+        return set().union({spec["type"]} if "type" in spec else set(), *map(types, spec.values()))
+    return set().union(*map(types, spec)) if isinstance(spec, list) else set()
 
 
 def latents(*shape: int, seed: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ DISCRIMINATORS = {f"patch-{norm}": PATCH | {"norm": norm} for norm in NORMS} | {
 }
 
 
-@pytest.fixture(params=DISCRIMINATORS.values(), ids=DISCRIMINATORS)
+@pytest.fixture(params=DISCRIMINATORS.values(), ids=list(DISCRIMINATORS))
 def discriminator(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param | {"channels": 3})
 

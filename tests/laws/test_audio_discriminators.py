@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,13 +77,12 @@ def test_a_period_discriminator_hears_samples_whole_periods_apart() -> None:
 def test_a_period_discriminator_by_hand() -> None:
     discriminator, x = PeriodDiscriminator(2, 3, 2), torch.rand(2, 2, 100)
     h = F.pad(x, (0, 2), mode="reflect").view(2, 2, 34, 3)
-    for layer in list(discriminator.main)[:-1]:
+    layers: list[Any] = list(discriminator.main)
+    for layer in layers[:-1]:
         conv = layer[0]
         h = F.leaky_relu(F.conv2d(h, conv.weight, conv.bias, conv.stride, (2, 0)), 0.1)
-    torch.testing.assert_close(
-        discriminator(x), F.conv2d(h, discriminator.main[-1].weight, discriminator.main[-1].bias, 1, (1, 0))
-    )
-    assert [tuple(layer[0].stride) for layer in list(discriminator.main)[:-1]] == [(3, 1)] * 4 + [(1, 1)]
+    torch.testing.assert_close(discriminator(x), F.conv2d(h, layers[-1].weight, layers[-1].bias, 1, (1, 0)))
+    assert [tuple(layer[0].stride) for layer in layers[:-1]] == [(3, 1)] * 4 + [(1, 1)]
     assert h.shape == (2, 64, 1, 3)
 
 

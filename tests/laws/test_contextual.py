@@ -257,6 +257,7 @@ def test_samples_of_one_position_at_a_time_follow_the_model():
     assert chi < freedom + 4 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 def test_an_overfitted_prior_reproduces_its_images():
     torch.manual_seed(0)
     prior = ContextualRQ(
@@ -291,8 +292,8 @@ def test_bad_arguments_are_named():
         small(inner_depth=0)
     with pytest.raises(ValueError, match=r"soft_labels must be a temperature >= 0 .* got -1"):
         small(soft_labels=-1)
-    for wrong in ({"revisions": -1}, {"revise_steps": 0}):
+    for wrong in (Sampling(revisions=-1), Sampling(revise_steps=0)):
         with pytest.raises(ValueError, match=r"revisions must be >= 0 and revise_steps >= 1, got (-1 and 2|0 and 0)"):
-            small().sample(1, sampling=Sampling(**wrong))
+            small().sample(1, sampling=wrong)
     with pytest.raises(ValueError, match=r"soft targets need shape"):
         small().loss(torch.zeros(1, 4, 4, 3, dtype=torch.int64), soft=torch.zeros(1, 4, 4, 3, 5))

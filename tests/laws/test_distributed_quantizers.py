@@ -86,6 +86,7 @@ def _worker(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     spawn(_worker, (os.fspath(tmp_path),), nprocs=WORLD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -167,10 +168,10 @@ def test_entropy_of_a_distribution():
 def test_soft_assignment_equals_enumeration(
     size: int, dim: int, temperature: float, dtype: torch.dtype, tolerance: float, active: str
 ):
-    inputs = points(60, size, dim)
+    inputs, function = points(60, size, dim), partial(assigned, temperature=temperature)
     with kernels.use(active):
-        ours = with_gradients(lambda *t: assigned(*t, temperature), *(t.to(dtype) for t in inputs))
-    exact = specified(lambda *t: assigned(*t, temperature), *inputs)
+        ours = with_gradients(function, *(t.to(dtype) for t in inputs))
+    exact = specified(function, *inputs)
     assert ours[0].dtype == ours[1].dtype == ours[2].dtype == dtype
     if size > 1:
         assert_near(ours, exact, tolerance)
@@ -306,6 +307,7 @@ def test_strided_inputs(case: Case):
     torch.testing.assert_close(with_gradients(function, *strided), with_gradients(function, *inputs))
 
 
+@pytest.mark.slow
 def test_one_graph(case: Case):
     torch._dynamo.reset()
     function, inputs = case

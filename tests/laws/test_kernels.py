@@ -176,6 +176,7 @@ def test_exported_it_is_plain_operators():
     assert torch.equal(tiles.traced(x.bfloat16(), codebook), nearest_code(x.bfloat16(), codebook))
 
 
+@pytest.mark.slow
 def test_triton_kernel_equals_the_specification():
     """In a process of its own: Triton's interpreter must be asked for before Triton is first imported."""
     pytest.importorskip("triton")

@@ -333,6 +333,7 @@ def test_the_switch_selects_the_specification(monkeypatch: pytest.MonkeyPatch):
     assert same(to_lattice(z, lattice)[0], plain)
 
 
+@pytest.mark.slow
 def test_triton_kernels_equal_the_specification():
     """In a process of its own: Triton's interpreter must be asked for before Triton is first imported."""
     pytest.importorskip("triton")

@@ -131,6 +131,7 @@ def test_features_are_the_encoders_and_carry_gradients():
     assert gradient.any()
 
 
+@pytest.mark.slow
 def test_an_overfitted_prior_reproduces_its_images():
     prior = small(0.0, width=48, depth=2, decoder_depth=1, dropout=0.0, label_smoothing=0.0, label_dropout=0.5)
     images, labels = torch.randint(11, (2, 4, 4, 1)), torch.tensor([0, 1])

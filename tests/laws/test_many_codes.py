@@ -75,6 +75,7 @@ def test_a_large_vocabulary_has_no_large_softmax(kind: type[MaskGIT | MAGE], inn
     prior.check_codes(drawn)
 
 
+@pytest.mark.slow
 def test_digits_in_turn_learn_what_independent_ones_cannot():
     """Two digits that always agree: one bit a position in turn, two if each is drawn by itself."""
     costs = {}
@@ -82,6 +83,7 @@ def test_digits_in_turn_learn_what_independent_ones_cannot():
         prior = small(4, digits=[2, 2], inner_depth=inner_depth, dropout=0.0, label_smoothing=0.0)
         optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, weight_decay=0.0)
         generator = torch.Generator().manual_seed(0)
+        codes = torch.empty(0)
         for _ in range(150):
             codes = torch.randint(2, (16, 4, 4, 1), generator=generator) * 3
             optimizer.zero_grad()

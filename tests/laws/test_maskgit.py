@@ -186,6 +186,7 @@ def test_unmasked_positions_give_no_gradient():
     torch.manual_seed(5)  # the same masks
     loss = prior.loss(codes.masked_fill(visible, 7))["cross_entropy"]
     assert torch.equal(calls[0][2], calls[1][2])
+    assert prior.bias is not None
     (gradient,) = torch.autograd.grad(loss, prior.bias)
     p = prior.predicted(prior.states(*calls[1]))[0].softmax(-1).mean(0)
     torch.testing.assert_close(gradient, p - torch.eye(11)[0])
@@ -377,11 +378,12 @@ def test_guidance_leaves_the_second_branch_without_label_and_text(labels: list[i
 
 def test_features_are_means_of_the_stream_and_carry_gradients():
     prior, _ = reading(depth=3)
-    codes, cond = torch.randint(11, (2, 4, 4, 1)), Conditioning(torch.tensor([0, -1]), ("ab", ""))
+    codes, labels = torch.randint(11, (2, 4, 4, 1)), torch.tensor([0, -1])
+    cond = Conditioning(labels, ("ab", ""))
     prior.eval()
     features = prior.features(codes, cond)
     assert [tuple(f.shape) for f in features] == [(2, 32)] * 4
-    torch.testing.assert_close(features[0], prior.embedded(codes.flatten(1), cond.labels)[:, 1:].mean(1))
+    torch.testing.assert_close(features[0], prior.embedded(codes.flatten(1), labels)[:, 1:].mean(1))
     (gradient,) = torch.autograd.grad(features[-1].sum(), prior.embedding.weight)
     assert gradient.any()
     assert not torch.equal(features[-1], prior.features(codes)[-1])
@@ -402,6 +404,7 @@ def test_colours_of_a_palette_are_codes_like_any_other():
     prior.check_codes(sample)
 
 
+@pytest.mark.slow
 def test_an_overfitted_prior_reproduces_its_images():
     prior = small(width=48, dropout=0.0, label_smoothing=0.0, label_dropout=0.5)
     generator = torch.Generator().manual_seed(3)

@@ -48,6 +48,7 @@ def pictures(count: int, channels: int, height: int, width: int, seed: int = 0) 
 
 
 @pytest.mark.parametrize(("channels", "height", "width"), [(1, 32, 32), (3, 24, 40), (3, 11, 11)])
+@pytest.mark.slow
 def test_pixels_agree_with_scikit_image(channels: int, height: int, width: int) -> None:
     images, noisy = pictures(5, channels, height, width)
     metrics = PixelMetrics()
@@ -67,6 +68,7 @@ def test_pixels_agree_with_scikit_image(channels: int, height: int, width: int) 
 
 
 @pytest.mark.parametrize("strip", [1, 3 * 45 * 8, 3 * 45 * 64])
+@pytest.mark.slow
 def test_strips_of_large_photographs_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch, strip: int) -> None:
     images, restored = pictures(1, 3, 64, 45)
     whole, parts = PixelMetrics(), PixelMetrics()

@@ -85,6 +85,7 @@ def test_the_top_is_a_maskgit_and_does_not_see_the_bottom():
     known = torch.full((3, 2, 3, 5), -1)
     known[..., 1:] = codes[..., 1:]
     assert torch.equal(prior.sample(3, cond, sampling=sampling, seed=3, known=known)[..., :1], top)
+    assert cond.labels is not None
     nats = prior.top.group_nats(codes[..., 0].flatten(1), cond.labels).sum(1)
     torch.testing.assert_close(nats / math.log(2), peer.bits(codes[..., :1], cond))
 
@@ -179,6 +180,7 @@ def test_features_are_those_of_the_top():
     assert features[-1].requires_grad
 
 
+@pytest.mark.slow
 def test_an_overfitted_prior_paints_what_the_caption_says():
     """Two images of which captions alone tell which is meant; the fine level has nothing else to know it by."""
     prior = small(

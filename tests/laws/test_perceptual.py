@@ -74,7 +74,7 @@ def test_the_gradient_goes_to_the_output_only(perceptual: Perceptual) -> None:
 
 def test_features_that_are_all_silent_are_no_danger(tmp_path) -> None:
     classifier = trained_classifier()
-    nn.init.constant_(classifier.body[1].bias, -100)  # nothing passes the first rectifier
+    nn.init.constant_(classifier.get_parameter("body.1.bias"), -100)  # nothing passes the first rectifier
     perceptual = FeatureDistance(str(classifier.save_pretrained(tmp_path)))
     output = torch.rand(1, 3, 16, 16, requires_grad=True)
     distance = perceptual(output, torch.rand(1, 3, 16, 16))

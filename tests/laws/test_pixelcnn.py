@@ -211,6 +211,7 @@ def test_no_images_need_no_bits():
 
 
 @pytest.mark.parametrize("attention", [0, 2])
+@pytest.mark.slow
 def test_an_overfitted_prior_reproduces_its_images(attention: int):
     torch.manual_seed(0)
     prior = PixelCNN([12], [3, 3], 2, width=32, depth=3, attention=attention, dropout=0.0, label_dropout=0.5)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from latticode.core import registry
 from latticode.quantizers import Quantizer
-from zoo import latents, same
+from zoo import SAME_AT_REST, SPECS, latents, same
+
+distinct = pytest.mark.parametrize("spec", sorted(set(SAME_AT_REST.values()), key=list(SPECS).index), indirect=True)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -54,29 +57,43 @@ def exported(trained: Quantizer) -> torch.export.ExportedProgram:
     return torch.export.export(Both(trained), (z, trained.encode(z)), dynamic_shapes=shapes)
 
 
-def test_exports_with_a_dynamic_batch(trained: Quantizer):
-    program = exported(trained).module()
+@pytest.mark.slow
+@distinct
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_exported_with_a_dynamic_batch_it_gives_the_same_codes_and_so_does_onnx(trained: Quantizer):
+    program = exported(trained)
     z = latents(41, trained.dim, seed=3)
     codes = trained.encode(z)
-    ours, restored = program(z, codes)
+    ours, restored = program.module()(z, codes)
     assert torch.equal(ours, codes)
     torch.testing.assert_close(restored, trained.decode(codes))
 
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_onnx_gives_the_same_codes(trained: Quantizer):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    program = torch.onnx.export(exported(trained), dynamo=True, verbose=False, optimize=True)
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    z = latents(41, trained.dim, seed=3)
-    codes = trained.encode(z)
+    translated = torch.onnx.export(program, dynamo=True, verbose=False, optimize=True)
+    assert translated is not None
+    session = onnxruntime.InferenceSession(translated.model_proto.SerializeToString())
     names = [one.name for one in session.get_inputs()]
     ours, restored = (torch.from_numpy(a) for a in session.run(None, dict(zip(names, (z.numpy(), codes.numpy())))))
     assert torch.equal(ours, codes)
     torch.testing.assert_close(restored, trained.decode(codes))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [name for name, first in SAME_AT_REST.items() if first != name], indirect=True)
+def test_what_acts_in_training_alone_leaves_the_exported_graph_as_it_is(trained: Quantizer, name: str):
+    """So these specs need no other test of encode and decode as a graph than those with the same graph."""
+    first = registry.build(SPECS[SAME_AT_REST[name]])
+    first(latents(300, first.dim))
+    assert first.vocab == trained.vocab
+    assert graph(first.eval()) == graph(trained)
+
+
+def graph(quantizer: Quantizer) -> str:
+    return exported(quantizer).graph_module.print_readable(print_output=False, include_stride=True)
+
+
+@distinct
 def test_one_graph_of_encode(trained: Quantizer):
     torch._dynamo.reset()
     z = latents(30, trained.dim)

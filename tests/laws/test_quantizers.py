@@ -12,14 +12,7 @@ import torch
 from latticode.core import registry
 from latticode.quantizers import Quantizer, accumulating
 from latticode.quantizers.codebook import Codebook
-from zoo import DRAWN, SOFT, SPECS, latents, same
-
-
-def types(spec: Any) -> set[str]:
-    """All type names in a spec."""
-    if isinstance(spec, dict):
-        return set().union({spec["type"]} if "type" in spec else set(), *map(types, spec.values()))
-    return set().union(*map(types, spec)) if isinstance(spec, list) else set()
+from zoo import DRAWN, SOFT, SPECS, latents, same, types
 
 
 def test_every_registered_quantizer_is_held_to_the_laws():

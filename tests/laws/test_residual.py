@@ -177,7 +177,7 @@ def test_commitment_is_the_mean_over_cumulative_depths(training: bool):
     z = torch.randn(40, 3, requires_grad=True)
     out = quantizer(z)
     sums = [before.decode(out.codes[:, :k]) for k in (1, 2, 3)]
-    expected = sum((z - one.detach()).square().mean() for one in sums) / 3
+    expected = torch.stack([(z - one.detach()).square().mean() for one in sums]).mean()
     torch.testing.assert_close(out.losses["commitment"], expected)
     torch.testing.assert_close(gradient_of(out.losses["commitment"], z), gradient_of(expected, z))
 
@@ -204,7 +204,7 @@ def test_learned_codebooks_see_the_residual_as_constant():
     out = quantizer(z)
     q = [stage.embedding.weight[out.codes[:, i]] for i, stage in enumerate(stages)]
     left = [z.detach(), z.detach() - q[0].detach()]
-    expected = sum((one - target).square().mean() for one, target in zip(q, left)) / 2
+    expected = torch.stack([(one - target).square().mean() for one, target in zip(q, left)]).mean()
     weights = [stage.embedding.weight for stage in stages]
     ours = torch.autograd.grad(out.losses["codebook"], weights, retain_graph=True)
     torch.testing.assert_close(ours, torch.autograd.grad(expected, weights))
@@ -229,8 +229,10 @@ def test_no_code_ends_the_refinement():
     short[0, 1:], short[1, 2], short[2, 1] = -1, -1, -1  # the last misses a code of the inner one only
     expected = quantizer.decode(codes)
     expected[0], expected[1] = quantizer.decode(codes[0, :1]), quantizer.decode(codes[1, :2])
-    inner = quantizer._sequence[0].decode(codes[2, :1])
-    expected[2] = inner + quantizer._sequence[1].decode(codes[2, 2:])
+    outer, last = list(quantizer._sequence)
+    assert isinstance(outer, Quantizer)
+    assert isinstance(last, Quantizer)
+    expected[2] = outer.decode(codes[2, :1]) + last.decode(codes[2, 2:])
     assert torch.equal(quantizer.decode(short), expected)
     after = codes.clone()
     after[3, 0] = -1
@@ -270,6 +272,7 @@ def test_dropout_keeps_a_prefix_of_each_sample(shape: tuple[int, ...]):
     errors = torch.stack([(z - one).square().mean(dim=-1) for one in full], dim=-1)
     torch.testing.assert_close(out.losses["commitment"], errors[chosen].mean())
     for i, stage in enumerate(quantizer._sequence):
+        assert isinstance(stage, VQ)
         count = torch.bincount(out.codes[..., i][chosen[..., i]].flatten(), minlength=6).float()
         decay = torch.where(count.sum() > 0, 0.99, 1.0)
         torch.testing.assert_close(stage.embedding.count, decay + (1 - decay) * count)
@@ -287,8 +290,8 @@ def test_dropout_rests_in_eval_mode_and_encode():
 
 
 def test_a_shared_codebook_learns_from_all_depths_at_once():
-    quantizer = Residual(VQ(12, 3, decay=0.9, kmeans=False, restart=0.0), 3)
-    book = quantizer._sequence[0].embedding
+    stage = VQ(12, 3, decay=0.9, kmeans=False, restart=0.0)
+    quantizer, book = Residual(stage, 3), stage.embedding
     start = book.weight.clone()
     z = torch.randn(200, 3)
     codes = quantizer(z).codes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,10 +70,11 @@ def test_simvq_descends():
 
 
 def test_simvq_refuses_bad_arguments():
-    for arguments in (
+    wrong: list[dict[str, Any]] = [
         {"size": 0, "dim": 2},
         {"size": 2, "dim": 2, "gradient": "none"},
         {"size": 2, "dim": 2, "entropy": -1},
-    ):
+    ]
+    for arguments in wrong:
         with pytest.raises(ValueError, match="got"):
             SimVQ(**arguments)

@@ -17,7 +17,7 @@ def codebooks(*sizes: int) -> list[VQ]:
     return [VQ(size, 3, restart=0.0) for size in sizes]
 
 
-def trained(quantizer: Quantizer) -> Quantizer:
+def trained(quantizer: Quantizer) -> Any:
     for _ in range(5):
         quantizer(torch.randn(400, 3))
     return quantizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +116,8 @@ def test_stage_after_stage_gives_the_same_but_at_edges(levels: tuple[int, ...]):
 @pytest.mark.parametrize("depth", [1, 3, 5, 8])
 @pytest.mark.parametrize("factors", [1, 2])
 def test_decode_gives_the_latents_and_each_prefix(depth: int, factors: int):
-    quantizer = Residual(FSQ([8, 5, 2, 9], bound="clamp", factors=factors), depth)
+    stage = FSQ([8, 5, 2, 9], bound="clamp", factors=factors)
+    quantizer = Residual(stage, depth)
     z = draw(700, 4)
     out = quantizer(z)
     assert torch.equal(quantizer.decode(out.codes), out.latents)
@@ -123,7 +125,7 @@ def test_decode_gives_the_latents_and_each_prefix(depth: int, factors: int):
     total = torch.zeros(700, 4)
     for i in range(depth):
         chunk = out.codes[:, i * factors : (i + 1) * factors]
-        total = total + quantizer.stages.decode(chunk) * torch.tensor([8.0, 5, 2, 9]) ** -i
+        total = total + stage.decode(chunk) * torch.tensor([8.0, 5, 2, 9]) ** -i
         short = out.codes.clone()
         short[:, (i + 1) * factors :] = -1
         prefix = quantizer.decode(out.codes[:, : (i + 1) * factors])
@@ -151,7 +153,8 @@ def test_broken_and_huge_tokens_touch_no_other():
 def test_masks_and_soft_clamp_and_dropout():
     z, mask = draw(50, 4), torch.arange(50) % 3 > 0
     z[1] = torch.inf
-    for options in ({}, {"soft_clamp": True}, {"dropout": 1.0}):
+    every: list[dict[str, Any]] = [{}, {"soft_clamp": True}, {"dropout": 1.0}]
+    for options in every:
         out = Residual(FSQ([8, 5, 5, 5], bound="clamp"), 4, **options)(z, mask)
         assert (out.latents[~mask] == 0).all()
         assert out.latents[1].isnan().all()

@@ -184,7 +184,7 @@ def test_an_offset_common_to_latents_and_codes_changes_no_draw():
     torch.manual_seed(1)
     near = quantizer(z)
     with torch.no_grad():
-        quantizer.embedding += 1000
+        quantizer.embedding.add_(1000)
     torch.manual_seed(1)
     far = quantizer(z + 1000)
     torch.testing.assert_close(far.latents - 1000, near.latents, atol=2e-3, rtol=0)

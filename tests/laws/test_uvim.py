@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -190,7 +190,9 @@ def test_the_second_stage_never_sees_the_label(task: dict[str, Any]):
         def batches(self, start: int) -> Any:
             yield Batch(self.inputs, torch.full((4,), -1), torch.arange(4))
 
-    one, two = (next(_encoding(Fixed(x), model, torch.device("cpu"), 0.0)(0)) for x in (inputs, other))
+    one, two = (next(_encoding(cast(Any, Fixed(x)), model, torch.device("cpu"), 0.0)(0)) for x in (inputs, other))
+    assert one.images is not None
+    assert two.images is not None
     assert torch.equal(one.images, two.images)
     assert torch.equal(one.codes, model.encode(inputs))
     prior = guide(model)
@@ -199,7 +201,7 @@ def test_the_second_stage_never_sees_the_label(task: dict[str, Any]):
     assert torch.equal(
         prior.bits(one.codes, Conditioning(images=one.images)), prior.bits(one.codes, Conditioning(images=two.images))
     )
-    assert torch.equal(*(model.solve(b.images, c) for b, c in zip((one, two), codes, strict=True)))
+    assert torch.equal(model.solve(one.images, codes[0]), model.solve(two.images, codes[1]))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -263,12 +265,13 @@ def test_bad_arguments_are_refused_with_their_values():
     ):
         with pytest.raises(ValueError, match=message):
             model.solve(*wrong)
-    for changes, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"code": [2]}, r"code must be two numbers >= 1, .* got \[2\]"),
         ({"code": [0, 2]}, r"got \[0, 2\]"),
         ({"patch": 0}, "patch must be >= 1 pixel, got 0"),
         ({"dropout": "some"}, "dropout must be one of random, prefix, none, all, got 'some'"),
-    ):
+    ]
+    for changes, message in refused:
         with pytest.raises(ValueError, match=message):
             uvim(**changes)
 

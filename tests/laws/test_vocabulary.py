@@ -42,9 +42,9 @@ def head(positions: int, codes: int, scale: float = 1.0) -> tuple[Tensor, Tensor
 
 
 def with_gradients(inputs: tuple[Tensor, ...], smoothing: float) -> tuple[Tensor, ...]:
-    *leaves, codes = inputs
-    leaves = [t.clone().requires_grad_() for t in leaves]
-    loss = kernels.head_cross_entropy(*leaves, codes, smoothing)
+    y, weight, bias, codes = inputs
+    leaves = y, weight, bias = [t.clone().requires_grad_() for t in (y, weight, bias)]
+    loss = kernels.head_cross_entropy(y, weight, bias, codes, smoothing)
     return loss, *torch.autograd.grad(loss * 3, leaves)
 
 
@@ -125,12 +125,12 @@ def test_no_tensor_grows_with_positions_times_codes(kernel: str):
 @every_kernel
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_what_is_not_finite_is_seen(place: int, kernel: str):
-    *inputs, codes = head(61, 40)
+    *inputs, codes = y, weight, bias, _ = head(61, 40)
     inputs[place].view(-1)[0] = torch.nan
     with kernels.use(kernel):
-        assert not kernels.head_cross_entropy(*inputs, codes).isfinite()
-        assert not kernels.head_nats(*inputs, codes).isfinite().all()
-        assert not kernels.head_draw(*inputs, torch.rand(61))[1].isfinite().all()
+        assert not kernels.head_cross_entropy(y, weight, bias, codes).isfinite()
+        assert not kernels.head_nats(y, weight, bias, codes).isfinite().all()
+        assert not kernels.head_draw(y, weight, bias, torch.rand(61))[1].isfinite().all()
 
 
 def test_a_frozen_head_gets_no_gradient():

@@ -32,6 +32,7 @@ def same_codebooks(**options: Any) -> tuple[Any, Residual]:
         for i, (layer, stage) in enumerate(zip(theirs.layers, ours._sequence, strict=True)):
             weight = torch.randn(SIZE, DIM) * 0.6**i
             layer._codebook.embed.copy_(weight[None])
+            assert isinstance(stage, VQ)
             stage.embedding.weight.copy_(weight)
     return theirs, ours
 

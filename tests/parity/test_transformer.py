@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ def test_pairs_must_divide_among_the_axes():
 
 
 def test_llama_block_equals_its_formula():
-    block = Block(WIDTH, HEADS, 3.0, style="llama")
+    block: Any = Block(WIDTH, HEADS, 3.0, style="llama")
     randomise(block)
     assert [name for name, _ in block.named_parameters() if name.endswith("bias")] == []
     x, table = torch.randn(2, LENGTH, WIDTH), rotary_table(grid_coordinates([LENGTH]), WIDTH // HEADS)

@@ -14,8 +14,8 @@ import torch
 
 from drawn import close, drawn, golden, load, normal, uniform
 from latticode.autoencoders.pixels import LogitLaplace
-from latticode.losses.adversarial import LeCam, adaptive_weight, hinge_critic, non_saturating_critic
-from latticode.nn.critic import PatchCritic
+from latticode.losses.adversarial import LeCam, adaptive_weight, hinge_discriminator, non_saturating_discriminator
+from latticode.nn.discriminator import PatchDiscriminator
 
 EXPECTED = golden("vqgan_losses")
 REAL, FAKE = normal("gan.real", (2, 1, 5, 4)), normal("gan.fake", (2, 1, 5, 4))
@@ -23,8 +23,8 @@ REAL, FAKE = normal("gan.real", (2, 1, 5, 4)), normal("gan.fake", (2, 1, 5, 4))
 
 def test_discriminator_losses() -> None:
     """Theirs are means of the two halves, ours their sums."""
-    close(hinge_critic(REAL, FAKE) / 2, EXPECTED["hinge"])
-    close(non_saturating_critic(REAL, FAKE) / 2, EXPECTED["vanilla"])
+    close(hinge_discriminator(REAL, FAKE) / 2, EXPECTED["hinge"])
+    close(non_saturating_discriminator(REAL, FAKE) / 2, EXPECTED["vanilla"])
 
 
 def test_adaptive_weight() -> None:
@@ -35,7 +35,7 @@ def test_adaptive_weight() -> None:
 
 @torch.no_grad()
 def test_discriminator() -> None:
-    network = PatchCritic(3, 8, 2, norm="batch")
+    network = PatchDiscriminator(3, 8, 2, norm="batch")
     state = {}
     for name, value in network.state_dict().items():
         key, shape = f"disc.{name}", tuple(value.shape)

@@ -114,7 +114,7 @@ def test_the_recipe_is_as_published(name: str) -> None:
         objective = build({key: spec for key, spec in config.objective.items() if key != "perceptual"})  # a file
     assert tokenizer.grid([getattr(config.data, axis) for axis in SIZES[config.data.kind]]) == published.grid
     assert tokenizer.vocab == published.vocab
-    parts = [getattr(tokenizer, part, None) for part in ("encoder", "decoder")]
+    parts = [getattr(tokenizer, part, nn.Identity()) for part in ("encoder", "decoder")]
     networks = (published.encoder, published.decoder), parts
     for expected, network, within in zip(*networks, published.within, strict=True):
         if expected is not None:

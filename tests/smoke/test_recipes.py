@@ -75,6 +75,7 @@ def tokens_for(prior: dict[str, Any], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.slow
 def test_recipe(name, tmp_path) -> None:
     recipe = read_recipe(name)
     parts = {key: debug(recipe[key], MOST) for key in ("tokenizer", "prior", "objective") if recipe.get(key)}

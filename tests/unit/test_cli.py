@@ -42,6 +42,7 @@ def latticode(monkeypatch, capsys):
     return lambda *words: run(monkeypatch, capsys, *words)
 
 
+@pytest.mark.slow
 def test_the_whole_road(latticode, tokenizer, tmp_path) -> None:
     tokens, pictures, prior = tmp_path / "tokens", tmp_path / "pictures", tmp_path / "prior"
     code, _, err = latticode("encode", tokenizer, "embedded:digits", tokens, "--split", "test")
@@ -155,6 +156,7 @@ def test_photographs_keep_their_own_size(latticode, tmp_path, crop) -> None:
     assert [read(f)[0].shape for f in sorted(back.iterdir())] == [(9, 14), (20, 20), (9, 14)]
 
 
+@pytest.mark.slow
 def test_photographs_in_tiles(latticode, tokenizer, tmp_path) -> None:
     """Scored without resizing; the token dataset decodes to what the score is of."""
     photos, tokens, back = tmp_path / "photos", tmp_path / "tokens", tmp_path / "back"

@@ -228,9 +228,8 @@ def test_parquet_single_files_and_other_kinds(folder, tmp_path) -> None:
 
 @pytest.mark.parametrize("path", [None, "x.wav"], ids=["struct of bytes", "audio feature"])
 def test_hub_sets(path, tmp_path, monkeypatch) -> None:
-    import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     cells = [{"bytes": encode_wav(sound(50 + i), RATE), "path": path} for i in range(3)]
     features = {"audio": {"_type": "Audio"}, "label": {"_type": "ClassLabel", "names": ["a", "b"]}}
     meta = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -296,6 +295,7 @@ def run(monkeypatch, capsys, *words: object) -> str:
     return printed.out
 
 
+@pytest.mark.slow
 def test_the_whole_road(folder, tmp_path, monkeypatch, capsys) -> None:
     trained, tokens, restored = tmp_path / "run", tmp_path / "tokens", tmp_path / "restored"
     run(monkeypatch, capsys, "train", "fsq-fsdd", *TINY, "--out", trained)

@@ -431,7 +431,7 @@ def test_shapes_are_whole_scenes():
         found |= set(np.unique(semantic))
     assert found == {0, 1, 2, 3, 4}
     again = open_source("embedded:shapes", "all", medium=preprocess.medium)[3]
-    assert np.array_equal(again.content, loader.source[3].content)
+    assert np.array_equal(np.asarray(again.content), np.asarray(loader.source[3].content))
     train, test = (opened("embedded:shapes", preprocess, split).source for split in ("train", "test"))
     assert len(train) + len(test) == 300
     assert len(test) > 15

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from itertools import islice
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ def source(count: int = 23, size: tuple[int, int] = (8, 8)) -> ArraySource:
 class Damaged(ArraySource):
     """Some records cannot be decoded, some not even read; and reads are counted."""
 
-    def __init__(self, base: ArraySource, undecodable: set[int], unreadable: set[int] = frozenset()):
+    def __init__(self, base: ArraySource, undecodable: set[int], unreadable: Iterable[int] = ()):
         super().__init__(base.name, base.images, base.labels, base.classes, base.names)
         self.undecodable, self.unreadable, self.reads = undecodable, unreadable, 0
 
@@ -53,10 +55,8 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def take(loader: Loader, count: int, start: int = 0) -> list[Batch]:
-    iterator = loader.batches(start)
-    batches = list(islice(iterator, count))
-    iterator.close()
-    return batches
+    with closing(cast(Any, loader.batches(start))) as iterator:
+        return list(islice(iterator, count))
 
 
 # The order
@@ -115,7 +115,7 @@ def test_prefetch_keeps_the_order_and_is_bounded(workers):
     results = prefetch(jobs(), workers)
     assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
     assert len(started) <= 5 + 2 * workers + 1
-    results.close()
+    cast(Any, results).close()
     assert not [t for t in threading.enumerate() if t.name.startswith("latticode-loader")]
 
 

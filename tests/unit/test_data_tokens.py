@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def make(count: int, grid: tuple[int, ...] = (2, 3), seed: int = 0, vocab: tuple
     )
 
 
-def rows(records, part: slice):
+def rows(records: Any, part: slice) -> Any:
     return tuple(field[part] for field in records)
 
 

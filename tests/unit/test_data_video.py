@@ -8,6 +8,7 @@ import sys
 import tarfile
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -98,7 +99,8 @@ def test_the_record_says_what_was_done() -> None:
     assert VideoPreprocess.from_record({"kind": "video", **record}) == pre
     with pytest.raises(ValueError, match="preprocessing of image, not video"):
         VideoPreprocess.from_record(record)
-    for bad in ({"frames": 0}, {"crop": "random"}, {"fps": 0}, {"size": 0}, {"channels": 2}):
+    wrong: list[dict[str, Any]] = [{"frames": 0}, {"crop": "random"}, {"fps": 0}, {"size": 0}, {"channels": 2}]
+    for bad in wrong:
         with pytest.raises(ValueError, match="must be"):
             VideoPreprocess(**bad)
 
@@ -188,7 +190,7 @@ def test_equal_neighbours_and_odd_rates_come_back(tmp_path) -> None:
     frames = clip(40).repeat(np.arange(40) % 4 + 1, 0)
     save_animation(tmp_path / "a.webp", frames.transpose(3, 0, 1, 2), 30)
     with Image.open(tmp_path / "a.webp") as image:
-        assert image.n_frames == 40
+        assert cast(Any, image).n_frames == 40
     np.testing.assert_array_equal(frames_of(Record((tmp_path / "a.webp").read_bytes(), 0, "a"), fps=30), frames)
 
 
@@ -223,6 +225,7 @@ def run(monkeypatch, capsys, *words: object) -> str:
     return printed.out
 
 
+@pytest.mark.slow
 def test_the_whole_road(tar, tmp_path, monkeypatch, capsys) -> None:
     trained, tokens, restored = tmp_path / "run", tmp_path / "tokens", tmp_path / "restored"
     run(monkeypatch, capsys, "train", "fsq-weizmann", *TINY, "--out", trained)
@@ -238,7 +241,7 @@ def test_the_whole_road(tar, tmp_path, monkeypatch, capsys) -> None:
     files = sorted(restored.iterdir())
     assert files[0].name == "000000-c0.webp"
     with Image.open(files[1]) as picture:
-        assert (picture.n_frames, picture.size) == (7, (16, 16))
+        assert (cast(Any, picture).n_frames, picture.size) == (7, (16, 16))
     run(monkeypatch, capsys, "evaluate", trained, tar, "--split", "all")
     scores = json.loads((trained / "evaluation.json").read_text())
     assert (scores["count"], scores["frames"], scores["skipped"]) == (5, 40, 1)

@@ -160,6 +160,7 @@ def test_pictures_alone_have_a_distance_of_features():
         evaluate_dense(Copy(), loader(4), features=FeatureNetwork("means", Means()), limit=4)
 
 
+@pytest.mark.slow
 def test_both_stages_are_evaluated_and_reported(runs):
     name, one, two = runs
     for run, ways in ((one, ["ceiling", "floor"]), (two, ["ceiling", "predicted", "floor"])):
@@ -200,6 +201,7 @@ def test_predictions_have_the_size_of_their_pictures(runs, photographs, tmp_path
     assert np.array_equal(np.load(alone.files[0].with_suffix(".npy")), np.load(tmp_path / two.name / "wide.npy"))
 
 
+@pytest.mark.slow
 def test_the_command_line_predicts_and_refuses(runs, photographs, tmp_path):
     name, one, two = runs
     if name != "depth":

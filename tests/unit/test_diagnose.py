@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_latents_far_wider_than_their_codebook(make) -> None:
 
 def test_a_collapsed_codebook() -> None:
     z = normal(TOKENS, 4)
-    quantizer = fitted(VQ(64, 4), z)
+    quantizer: Any = fitted(VQ(64, 4), z)
     quantizer.embedding.weight[3:] = 1e4
     (one,) = found(quantizer, z)
     assert (one.kind, one.channels) == ("collapsed", [])
@@ -181,7 +182,7 @@ def test_a_lattice_that_few_points_of_are_used() -> None:
 
 def test_each_slot_of_a_residual_quantizer_is_judged_by_itself() -> None:
     z = normal(TOKENS, 4)
-    quantizer = fitted(Residual([VQ(16, 4), VQ(64, 4)]), z)
+    quantizer: Any = fitted(Residual([VQ(16, 4), VQ(64, 4)]), z)
     quantizer.stages[1].embedding.weight[3:] = 1e4
     (one,) = found(quantizer, z)
     assert (one.kind, one.part) == ("collapsed", "quantizer.stages[1]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def gradients(module: torch.nn.Module) -> list[Tensor]:
 def test_two_turns_are_one_shared_loss():
     objective, prior, batch = small()
     both = torch.nn.ModuleList([copy.deepcopy(objective), copy.deepcopy(prior)])
-    ours, theirs = both
+    ours, theirs = cast(Any, both)
     terms = next(ours.turns(theirs, batch, 0))[1]
     sum(terms.values(), torch.zeros(())).backward()
     players = objective.players(prior)

@@ -86,6 +86,7 @@ def test_until_the_discriminator_is_heard_the_tokenizer_trains_as_without(tmp_pa
 
 @pytest.mark.parametrize("quantizer", [FSQ_SPEC, VQ_SPEC], ids=["fsq", "vq"])
 @pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.slow
 def test_interrupted_and_resumed_ends_with_the_same_two_players(tmp_path, monkeypatch, quantizer, stop) -> None:
     settings: dict[str, Any] = {"quantizer": quantizer, "start": 1, "warmup": 1, "ramp": 2}
     whole = gan(tmp_path / "whole", **settings)
@@ -106,6 +107,7 @@ def test_interrupted_and_resumed_ends_with_the_same_two_players(tmp_path, monkey
     assert same(state(gan(tmp_path / "cut", resume=True, **settings)), state(whole))
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process_with_the_double_batch(tmp_path) -> None:
     (tmp_path / "recipe.yaml").write_text(to_yaml(gan_config(start=1)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -200,6 +202,7 @@ def test_the_adaptive_weight_follows_the_weights_of_the_recipe() -> None:
     torch.testing.assert_close(noted[1], 3 * noted[0])
 
 
+@pytest.mark.slow
 def test_every_player_has_its_optimizer(tmp_path) -> None:
     config = gan_config("optimizers={discriminator: {lr: 1e-9, betas: [0.5, 0.9]}}")
     discriminator = config.optimizers["discriminator"]

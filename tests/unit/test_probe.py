@@ -85,7 +85,7 @@ def test_features_leave_nothing_behind_and_ask_for_good_codes(spec: dict[str, An
 
 
 def test_a_gpt_s_embedding_is_the_mean_of_what_it_reads():
-    prior = small(SPECS["gpt"])
+    prior: Any = small(SPECS["gpt"])
     codes = random_codes(prior, 1)
     read = torch.cat([prior.label.weight[-1:], prior.embedding(codes.flatten()[:-1])]) + prior.place
     torch.testing.assert_close(prior.features(codes)[0][0], read.mean(0))
@@ -166,6 +166,7 @@ def gpt(tmp_path_factory, tokenizer) -> Path:
     return train(config, tmp_path_factory.mktemp("gpt") / "run", console=QUIET)
 
 
+@pytest.mark.slow
 def test_a_run_is_probed_from_the_command_line(gpt):
     done = CliRunner().invoke(app, ["probe", str(gpt), "--limit", "150"])
     assert done.exit_code == 0, done.output

@@ -81,6 +81,7 @@ def probe(dom):
     return json.loads(unescape(found[1]))
 
 
+@pytest.mark.slow
 def test_pictures_and_charts_are_loaded_and_drawn(tmp_path, page):
     screenshot = tmp_path / "page.png"
     images = probe(browse(tmp_path, page, 1200, "--dump-dom"))

@@ -306,16 +306,16 @@ def test_sound_is_sampled_and_prompted_but_not_edited(tmp_path) -> None:
 
 def test_one_line_says_what_a_prior_cannot_use(gpt, maskgit, photo, tmp_path) -> None:
     def said(run: Path, asked: Sampling, name: str) -> str:
-        console = Console(file=io.StringIO(), width=200)
-        draws.sample(run, tmp_path / name, 1, sampling=asked, console=console)
-        return console.file.getvalue()
+        out = io.StringIO()
+        draws.sample(run, tmp_path / name, 1, sampling=asked, console=Console(file=out, width=200))
+        return out.getvalue()
 
     assert "GPT has no use for steps, noise\n" in said(gpt, Sampling(steps=3, noise=1.0, top_k=3), "a")
     assert "no use" not in said(gpt, Sampling(temperature=0.5), "b")
     assert "no use" not in said(maskgit, Sampling(steps=3, noise=1.0), "c")
-    console = Console(file=io.StringIO(), width=200)
-    draws.edit(gpt, photo, tmp_path / "edit", 1, box=(0, 0, 4, 4), console=console)
-    assert "informs only the tokens behind it" in console.file.getvalue()
+    out = io.StringIO()
+    draws.edit(gpt, photo, tmp_path / "edit", 1, box=(0, 0, 4, 4), console=Console(file=out, width=200))
+    assert "informs only the tokens behind it" in out.getvalue()
 
 
 def test_the_command_line_offers_every_option_of_sampling_with_its_default() -> None:

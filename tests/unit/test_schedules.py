@@ -77,6 +77,7 @@ def test_the_loss_is_weighed_by_them(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.slow
 def test_interrupted_and_resumed_ends_with_the_same_weights(tmp_path, monkeypatch, stop) -> None:
     whole = train(config(), tmp_path / "whole", console=QUIET)
     calls, turns = 0, ReconstructionObjective.turns
@@ -97,6 +98,7 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(tmp_path, monkeypatc
     assert load(cut).quantizer.temperature == load(whole).quantizer.temperature
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_wherever_the_source_left_a_ramp(tmp_path) -> None:
     source = train(config(), tmp_path / "source", console=QUIET)
     train(config(f"init_from={source}", "steps=1"), tmp_path / "again", console=QUIET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +53,7 @@ class Clip(nn.Module):
 
 
 def test_clip_scores_by_the_cosine():
-    def tokenize(texts: tuple[str, ...]) -> dict[str, Tensor]:
+    def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
         return {"input_ids": torch.tensor([[1.0, 0.0, 0.0] if text == "red" else [0.0, 0.0, 3.0] for text in texts])}
 
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(2, 3, 4, 4)

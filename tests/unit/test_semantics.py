@@ -67,6 +67,7 @@ def test_every_probe_is_images(spec) -> None:
     assert picture(rows).height == len(rows) * (16 + 64 + 6) - 6  # a line of text, images enlarged to 64, a gap
 
 
+@pytest.mark.slow
 def test_a_diagnosis_draws_them(tmp_path: Path) -> None:
     run = tiny_tokenizer(tmp_path / "run")
     result = diagnose(run, limit=20, device="cpu", console=QUIET)

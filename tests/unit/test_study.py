@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from itertools import count
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -196,7 +197,7 @@ def test_an_override_of_priors_is_of_their_run_or_of_the_prior(tmp_path) -> None
     plan = replace(PLAN, overrides=("prior.width=16", "prior.heads=2", "prior.batch_size=7", "prior.optimizer.lr=1e-4"))
     config = plan.prior_config(plan.jobs[0], tmp_path)
     assert config.data == plan.tokenizer_config(plan.jobs[0]).data
-    assert (config.prior["width"], config.batch_size, config.optimizer.lr) == (16, 7, 1e-4)
+    assert ((config.prior or {})["width"], config.batch_size, config.optimizer.lr) == (16, 7, 1e-4)
     assert plan.tokenizer_config(plan.jobs[0]).batch_size != 7
 
 
@@ -274,6 +275,7 @@ def test_the_command_line_writes_the_plan(tmp_path) -> None:
 # --- the jobs ---
 
 
+@pytest.mark.slow
 def test_the_table_repeats_the_evaluations(done) -> None:
     rows = lines(done)
     assert [(row["quantizer"], row["size"], row["seed"]) for row in rows] == [tuple(map(str, job)) for job in PLAN.jobs]
@@ -287,6 +289,7 @@ def test_the_table_repeats_the_evaluations(done) -> None:
         assert row["steps"] == "2"
 
 
+@pytest.mark.slow
 def test_the_page_shows_it(done) -> None:
     page = (done / "study.html").read_text()
     for title in ("Against the size of the codebook", "Numbers", "Reconstructions", "Levels", "Protocol"):
@@ -304,6 +307,7 @@ def test_finished_jobs_are_skipped(copied, monkeypatch) -> None:
     assert lines(copied) == before
 
 
+@pytest.mark.slow
 def test_shards_part_the_jobs_and_merge(done, tmp_path, monkeypatch) -> None:
     ran = []
 
@@ -320,6 +324,7 @@ def test_shards_part_the_jobs_and_merge(done, tmp_path, monkeypatch) -> None:
     assert lines(tmp_path) == lines(done)
 
 
+@pytest.mark.slow
 def test_a_failing_job_is_recorded_and_the_others_go_on(copied, monkeypatch) -> None:
     broken, other = PLAN.jobs[1], PLAN.jobs[2]
     whole = lines(copied)
@@ -344,6 +349,7 @@ def test_a_failing_job_is_recorded_and_the_others_go_on(copied, monkeypatch) -> 
     assert [row["psnr"] for row in lines(copied)] == [row["psnr"] for row in whole]
 
 
+@pytest.mark.slow
 def test_an_interruption_ends_the_study(copied, monkeypatch) -> None:
     job = PLAN.jobs[0]
     (copied / "jobs" / job.name / "job.json").unlink()
@@ -360,6 +366,7 @@ def test_an_interruption_ends_the_study(copied, monkeypatch) -> None:
     assert "3 of 4" in (copied / "study.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_long_study_shows_what_there_is_and_what_it_does(done, tmp_path, monkeypatch) -> None:
     shown, out = [], io.StringIO()
 
@@ -394,13 +401,14 @@ def test_jobs_of_different_protocols_do_not_mix(copied, file) -> None:
 def test_no_two_lines_of_a_chart_look_alike() -> None:
     series = {f"quantizer {i}": [(4.0, 20.0 + i, 0.1), (6.0, 22.0 + i, 0.1)] for i in range(20)}
     (axes,) = figures.trade_off("psnr", "bits", series).axes
-    lines = [container.lines[0] for container in axes.containers]
+    lines = [container.lines[0] for container in cast(Any, axes.containers)]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 20
 
 
 def test_the_chart_shows_means_spreads_and_the_diagonal() -> None:
     series = {"fsq": [(4.0, 3.0, 0.5), (8.0, 7.0, 0.25)], "vq": [(4.0, 2.0, 0.0)]}
     figure = figures.trade_off("entropy", "bits", series, diagonal=True)
+    axes: Any
     (axes,) = figure.axes
     first, second = axes.containers
     assert first.lines[0].get_xydata().tolist() == [[4, 3], [8, 7]]
@@ -415,7 +423,8 @@ def test_the_chart_shows_means_spreads_and_the_diagonal() -> None:
 def test_distances_of_real_images_have_no_chart() -> None:
     row = {"quantizer": "fsq", "size": 16, "bits": 4.0, "psnr": 20.0, "fid_judge": 3.0, "fid_judge_real": 0.2}
     by_size, by_cost = charts([row])
-    assert [picture.image.axes[0].get_title(loc="left") for picture in by_size] == ["PSNR, dB", "FID of samples"]
+    figures: list[Any] = [picture.image for picture in by_size]
+    assert [figure.axes[0].get_title(loc="left") for figure in figures] == ["PSNR, dB", "FID of samples"]
     assert by_cost == []
 
 
@@ -427,6 +436,7 @@ def test_spread_over_seeds() -> None:
     assert found[64] == (23.0, None)
 
 
+@pytest.mark.slow
 def test_a_study_with_priors_that_measures_its_steps(tmp_path) -> None:
     network = str(Classifier(10, 1, 4).save_pretrained(tmp_path / "classifier"))
     small = (*SMALL, "prior.width=16", "prior.depth=1", "prior.heads=2", "prior.digits=own", "prior.inner_depth=1")
