@@ -13,11 +13,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -44,6 +42,9 @@ from latticode.engine.objectives import Objective
 from latticode.engine.schedules import Schedules, check_movable
 from latticode.engine.tally import Tally, TrainingError, TrainingStoppedError
 from latticode.quantizers import accumulating
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -153,6 +154,9 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, console: Con
     Raises ConfigError for what cannot be run, TrainingError for a loss that is not finite, its subclass
     TrainingStoppedError if it was interrupted.
     """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     console = console or Console(stderr=True)
     if saved_step(folder) and not resume:  # a run that failed in its very first step is no run
         raise ConfigError(f"{folder} already holds a run; resume it with --resume or choose another folder")
