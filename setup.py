@@ -1,9 +1,9 @@
 """The kernel `latticode.kernels._native`, and the tags of its wheels; everything else stands in pyproject.toml.
 
 The kernel holds no Python: it is loaded by address (kernels/native.py), so one wheel of a platform serves every Python
-from 3.11 on, under a name without the interpreter's version. The environment variable LATTICODE_NATIVE says what a build
-does about it: 1 fails without a compiler, 0 leaves it out (the pure wheel), and unset takes it where it compiles. Without
-the kernel the same functions run in PyTorch. The readme is README.md with the links that the package index can follow.
+from 3.11 on, under a name without the interpreter's version. The environment variable LATTICODE_NATIVE says what a
+build does about it: 1 fails without a compiler, 0 leaves it out (the pure wheel), and unset takes it where it compiles.
+Without the kernel the same functions run in PyTorch. The readme is README.md with links that the index can follow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which extra of the installation brings which package, and the error that says so.
 
-`pip install latticode` brings what encodes, decodes, loads and quantizes; the rest comes in extras, and its imports stand
-where they are used. A verb or function that meets a package which is not there says what to install.
+`pip install latticode` brings what quantizes, loads, encodes, decodes and samples; the rest comes in extras, and its
+imports stand where they are used. A verb or function that meets a package which is not there says what to install.
 """
 
 from __future__ import annotations
