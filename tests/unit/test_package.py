@@ -147,6 +147,7 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_core_is_enough_for_the_core_and_every_other_verb_names_its_extra(runs) -> None:
     expected = {  # words -> the extra that is asked for, or None where the core is enough
         ("--help",): None,
@@ -272,6 +273,7 @@ def wheel(built: Path, pure: bool) -> Path:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pure", [True, False])
 def test_a_wheel_is_for_every_python_and_holds_every_file(built, pure) -> None:
     path = wheel(built, pure)
@@ -294,6 +296,7 @@ def test_a_wheel_is_for_every_python_and_holds_every_file(built, pure) -> None:
     assert about["Requires-Python"] == PROJECT["requires-python"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pure", [True, False])
 def test_a_wheel_runs_where_it_is_unpacked(built, pure, tmp_path) -> None:
     with zipfile.ZipFile(wheel(built, pure)) as archive:
@@ -310,6 +313,7 @@ def test_a_wheel_runs_where_it_is_unpacked(built, pure, tmp_path) -> None:
     assert "fsq-tokenizer" in rest
 
 
+@pytest.mark.slow
 def test_the_source_archive_has_tests_docs_and_constraints(built) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
@@ -329,6 +333,7 @@ def test_the_source_archive_has_tests_docs_and_constraints(built) -> None:
     assert not [name for name in held if name.endswith((".so", ".pyd", ".pyc"))]
 
 
+@pytest.mark.slow
 def test_the_index_would_take_them(built) -> None:
     pytest.importorskip("twine")
     command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, sorted(built.iterdir()))]
@@ -336,6 +341,7 @@ def test_the_index_would_take_them(built) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_readme_of_the_index_links_to_addresses(built) -> None:
     with zipfile.ZipFile(wheel(built, True)) as archive:
         about = email.message_from_bytes(archive.read(f"latticode-{__version__}.dist-info/METADATA"))
