@@ -42,7 +42,7 @@ FENCES = {  # heavy dependency -> where alone it may be imported
     "matplotlib": {"viz"},
     "jinja2": {"viz"},
     "typer": {"cli"},
-    "gradio": {"serve"},
+    "fastapi": {"serve"},
     "onnx": {"export"},
     "huggingface_hub": {"export"},
 }

@@ -226,7 +226,7 @@ def test_help_reads(latticode, words) -> None:
         (["evaluate", "RUN", "--own-size", "--tile", "6"], "got tile 6"),
         (["evaluate", "RUN", "--features", "nowhere"], "nowhere holds no model.safetensors"),
         (["evaluate", "RUN", "--features", "inception"], "feature network 'inception' cannot be had"),
-        (["sample", "RUN", "--count", "0"], "greater than or equal to 1"),
+        (["sample", "RUN", "--count", "0"], "Invalid value for '--count'"),
         (["edit", "RUN", "nowhere.png", "out", "--box", "0,0,1,1"], "is the run of a tokenizer; a prior's is needed"),
     ],
 )

@@ -79,13 +79,16 @@ def main() -> None:
     try:
         app(prog_name="latticode")
     except Exception as error:
+        from latticode.core.extras import explained
         from latticode.engine import TrainingError
 
         expected = ValueError | OSError | ImportError | TrainingError
         if not isinstance(error, expected) or "LATTICODE_TRACEBACK" in os.environ:
             raise
         err.print("error:", style="bold red", end=" ")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        verb = " ".join(["latticode", *sys.argv[1:2]])
+        told = explained(error, f"{verb} needs") if isinstance(error, ImportError) else str(error)
+        err.print(told, markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

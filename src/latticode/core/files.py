@@ -21,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows flushes no handle that is open for reading only
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)

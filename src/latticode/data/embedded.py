@@ -88,7 +88,9 @@ def _locate(path: str) -> Path:
     """A data file of an installed package, found without importing it. Raises ValueError if it is not there."""
     package, _, rest = path.partition("/")
     spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    for folder in spec.submodule_search_locations or []:
         if (file := Path(folder) / rest).is_file():
             return file
     raise ValueError(f"the embedded file {path} is missing: is {package} installed from its wheel?")

@@ -13,11 +13,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -45,6 +43,9 @@ from latticode.engine.objectives import Objective
 from latticode.engine.schedules import Schedules, check_movable
 from latticode.engine.tally import Tally, TrainingError, TrainingStoppedError
 from latticode.quantizers import accumulating
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -169,6 +170,9 @@ def train(
     Raises ConfigError for what cannot be run, TrainingError for a loss that is not finite, its subclass
     TrainingStoppedError if it was interrupted.
     """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     if (data is not None) != config.data.source.startswith(GIVEN):
         got = "none" if data is None else type(data).__name__
         raise ConfigError(f"data.source={GIVEN}NAME goes with train(data=...), got {config.data.source!r} and {got}")

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from latticode.core.files import write_text
 from latticode.core.modules import device_of
@@ -33,6 +32,8 @@ class Monitor:
     """Watches the first held-out batch: the same images at every look, so that pictures compare."""
 
     def __init__(self, config: RunConfig, folder: Path, feed: Feed, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
         self.config, self.folder, self.feed = config, folder, feed
         self.preprocess = config.data.preprocess()
         self.batch = next(feed.held_out(), None)

@@ -18,7 +18,7 @@
 #else
 #define EXPORT __attribute__((visibility("default")))
 #endif
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
 #define VECTORS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VECTORS
@@ -366,3 +366,6 @@ EXPORT VECTORS void soften_backward(float *tile, int64_t rows, int64_t size, con
 }
 
 EXPORT int64_t latticode_native_version(void) { return 5; }
+
+/* MSVC's linker is told to export the initializer of a Python module, which this is not: nothing imports it. */
+EXPORT void *PyInit__native(void) { return 0; }

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from latticode.kernels import nearest, stages, tiles
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, dense, empty_like, planes
 
+FILE = "_native.pyd" if sys.platform == "win32" else "_native.so"  # as setup.py calls it, whatever the Python
 VERSION = 5  # of the functions' signatures
 ROW = 512  # numbers of one row of whole tokens, at most, as in native.c
 CHANNELS = 64  # at most, as in native.c
@@ -249,11 +251,8 @@ def _groups(lattice: Lattice, depth: int) -> tuple[Tensor, int, Tensor, Tensor]:
 @functools.cache
 def _library() -> Any:
     """The loaded library, or None."""
-    spec = importlib.util.find_spec("latticode.kernels._native")
-    if spec is None or spec.origin is None:
-        return None
     try:
-        library = ctypes.CDLL(spec.origin)
+        library = ctypes.CDLL(str(Path(__file__).with_name(FILE)))
         return library if library.latticode_native_version() == VERSION else None
-    except (OSError, AttributeError):  # compiled for another machine, or by an older version
+    except (OSError, AttributeError):  # not compiled, or for another machine, or by an older version
         return None

@@ -6,7 +6,6 @@ attended to, so that the empty text, which asks for an unconditional sample, has
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
@@ -14,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from latticode.core import extras
 from latticode.nn.transformer import Transformer
 from latticode.priors.base import numbers
 
@@ -219,10 +219,7 @@ def _too_long(text: str, tokens: int, length: int) -> ValueError:
 
 
 def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(f"captions need {name}, which is not installed: pip install 'latticode[text]'") from None
+    return extras.load(name, "captions need")
 
 
 def _alphabet(package: Any) -> list[str]:

@@ -3,7 +3,6 @@ or a classifier, as VQ-VAE-2's (1906.00446). Any function of that form will do."
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latticode.core import extras
 from latticode.core.types import Conditioning
 from latticode.core.values import rounded
 
@@ -70,10 +70,7 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> Score:
 
     Raises ImportError without the package `transformers`, of the extra `text`, and ValueError for what is no CLIP.
     """
-    try:
-        package: Any = importlib.import_module("transformers")
-    except ImportError:
-        raise ImportError("CLIP needs transformers, which is not installed: pip install 'latticode[text]'") from None
+    package = extras.load("transformers", "CLIP needs")
     try:
         tokens = package.AutoTokenizer.from_pretrained(name)
         model = package.CLIPModel.from_pretrained(name, use_safetensors=True).to(device).eval()
