@@ -9,6 +9,7 @@ import ast
 import posixpath
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,36 +128,42 @@ def _reference() -> Iterator[tuple[str, str]]:
 
 
 def _tutorials() -> Iterator[tuple[str, str]]:
-    """A page for each example: its docstring as prose, its code behind. A folder is a project of several files."""
+    """A page for each example: its docstring as prose, its code behind. A folder with a pyproject.toml is a package."""
     examples = ROOT / "examples"
     for path in sorted(examples.iterdir()) if examples.is_dir() else []:
+        uri = f"tutorials/{path.stem.replace('_', '-')}.md"
         if path.suffix == ".py":
-            yield f"tutorials/{path.stem.replace('_', '-')}.md", _tutorial(path)
-        elif path.is_dir() and (path / "README.md").is_file():
-            yield f"tutorials/{path.name.replace('_', '-')}.md", _project(path)
+            yield uri, _tutorial(path)
+        elif (path / "pyproject.toml").is_file():
+            yield uri, _project(path)
 
 
 def _tutorial(path: Path) -> str:
+    """The page of a program. The first paragraph of its docstring is the page's title and first sentence."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
-    title, _, prose = (ast.get_docstring(tree) or path.stem).partition("\n")
-    if tree.body and isinstance(tree.body[0], ast.Expr):
-        text = "".join(text.splitlines(keepends=True)[tree.body[0].end_lineno :]).lstrip()
-    title = title.rstrip(".")
+    prose = ast.get_docstring(tree) or path.stem
+    body = "".join(text.splitlines(keepends=True)[tree.body[0].end_lineno :]).lstrip()  # what follows the docstring
     where = path.relative_to(ROOT).as_posix()
-    return f"# {title}\n\n{prose.strip()}\n\nThe file is [`{where}`](../../{where}).\n\n```python\n{text}```\n"
+    return f"# {_title(path)}\n\n{prose}\n\nThe file is [`{where}`](../../{where}).\n\n```python\n{body}```\n"
 
 
 def _project(folder: Path) -> str:
-    parts = [(folder / "README.md").read_text(encoding="utf-8")]
-    for path in sorted(folder.rglob("*")):
-        kinds = {".py": "python", ".toml": "toml", ".yaml": "yaml"}
-        if path.suffix in kinds and not any(part.endswith((".egg-info", "__pycache__")) for part in path.parts):
-            where = path.relative_to(ROOT).as_posix()
-            text = path.read_text(encoding="utf-8")
-            parts.append(f"## `{path.relative_to(folder).as_posix()}`\n\n[In the repository](../../{where}).\n")
-            parts.append(f"```{kinds[path.suffix]}\n{text}```\n")
+    """The page of a package: what its pyproject.toml says of it, then its files."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    where = folder.relative_to(ROOT).as_posix()
+    parts = [f"# {_title(folder)}\n", f"{project['description']}. The package is [`{where}`](../../{where}).\n"]
+    kinds = {".toml": "toml", ".py": "python", ".yaml": "yaml"}
+    found = [path for path in folder.rglob("*") if path.suffix in kinds and "build" not in path.parts]
+    for path in sorted(found, key=lambda p: (list(kinds).index(p.suffix), p)):
+        text = path.read_text(encoding="utf-8")
+        parts.append(f"## `{path.relative_to(folder).as_posix()}`\n\n```{kinds[path.suffix]}\n{text}```\n")
     return "\n".join(parts)
+
+
+def _title(path: Path) -> str:
+    """The name of an example, in words."""
+    return f"Plug-in: {path.name}" if path.is_dir() else path.stem.replace("_", " ").capitalize()
 
 
 def _list_of_tutorials() -> str:
