@@ -30,7 +30,7 @@ CAPTIONS = {
 WIDTH, LEFT, HIGH, GAP = 920, 34, 52, 12
 
 ARROW = (
-    '<defs><marker id="{id}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
+    '<defs><marker id="{id}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     '<path d="M0 0 8 4 0 8z" class="head"/></marker></defs>'
 )
 
@@ -58,9 +58,26 @@ def rooms() -> str:
 
 
 STAGES = (  # the way of a tensor: encoding, generating, decoding; (name, what comes out of it)
-    (("image", "(B, 3, H, W) float"), ("encoder", "(B, E, h, w)"), ("quant_conv", "(B, h, w, D)"), ("quantizer", "(B, h, w, D)"), ("codes", "(B, h, w, K) int64")),
-    (("labels, text", "Conditioning"), ("prior", "logits of masked or next codes"), ("sample", "temperature, guidance"), ("codes", "(B, h, w, K) int64")),
-    (("codes", "(B, h, w, K) int64"), ("quantizer.decode", "(B, h, w, D)"), ("post_quant_conv", "(B, E, h, w)"), ("decoder", "(B, 3, H, W)"), ("image", "(B, 3, H, W) float")),
+    (
+        ("image", "(B, 3, H, W) float"),
+        ("encoder", "(B, E, h, w)"),
+        ("quant_conv", "(B, h, w, D)"),
+        ("quantizer", "(B, h, w, D)"),
+        ("codes", "(B, h, w, K) int64"),
+    ),
+    (
+        ("labels, text", "Conditioning"),
+        ("prior", "logits of masked or next codes"),
+        ("sample", "temperature, guidance"),
+        ("codes", "(B, h, w, K) int64"),
+    ),
+    (
+        ("codes", "(B, h, w, K) int64"),
+        ("quantizer.decode", "(B, h, w, D)"),
+        ("post_quant_conv", "(B, E, h, w)"),
+        ("decoder", "(B, 3, H, W)"),
+        ("image", "(B, 3, H, W) float"),
+    ),
 )
 TITLES = ("encode", "generate", "decode")
 
@@ -75,17 +92,21 @@ def tensor() -> str:
         parts.append(f'<text x="1" y="{y - 8}" class="title">{title}</text>')
         for i, (name, shape) in enumerate(stages):
             x = 1 + i * step
-            data = name in ("image", "codes", "labels, text")
+            kind, round_ = ("data", 26) if name in ("image", "codes", "labels, text") else ("box", 6)
             parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{wide}" height="{HIGH}" rx="{26 if data else 6}" class="{"data" if data else "box"}"/>'
+                f'<rect x="{x:.1f}" y="{y}" width="{wide}" height="{HIGH}" rx="{round_}" class="{kind}"/>'
                 f'<text x="{x + wide / 2:.1f}" y="{y + 22}" class="name">{name}</text>'
                 f'<text x="{x + wide / 2:.1f}" y="{y + 40}" class="note">{shape}</text>'
             )
             if i:
-                parts.append(f'<path d="M{x - step + wide:.1f} {y + HIGH / 2}H{x - 2:.1f}" class="line" marker-end="url(#on)"/>')
+                parts.append(
+                    f'<path d="M{x - step + wide:.1f} {y + HIGH / 2}H{x - 2:.1f}" class="line" marker-end="url(#on)"/>'
+                )
     return _svg(24 + 2 * rise + HIGH + 6, "The way of a tensor through tokenizer and prior", parts)
 
 
 def _svg(height: float, title: str, parts: list[str]) -> str:
     body = "".join(parts)
-    return f'<div class="diagram"><svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{title}">{body}</svg></div>'
+    return (
+        f'<div class="diagram"><svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{title}">{body}</svg></div>'
+    )

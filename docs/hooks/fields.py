@@ -19,6 +19,8 @@ class Fields(griffe.Extension):
             return
         if not (attr.parent and attr.parent.is_class and attr.lineno and attr.endlineno):
             return
+        if isinstance(attr.filepath, list):  # of a namespace package
+            return
         lines = attr.lines_collection[attr.filepath]
         above: list[str] = []
         for line in reversed(lines[: attr.lineno - 1]):

@@ -95,7 +95,7 @@ def _reference() -> Iterator[tuple[str, str]]:
             [
                 "# API reference",
                 "",
-                "Everything public, read from the source: one page for each room (package), one section for each module.",
+                "Everything public, read from the source: a page for each room (package), a section for each module.",
                 "What begins with an underscore is private.",
                 "",
                 "## `from latticode import ...`",
@@ -119,7 +119,9 @@ def _reference() -> Iterator[tuple[str, str]]:
         lines = [f"# {room}", "", f"::: {first.name}", "    options:", "      show_root_heading: false"]
         lines += ["      show_root_toc_entry: false"]
         if others:  # a package's own page is its docstring and what it defines itself
-            own = [n.name for n in first.tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name[0] != "_"]
+            own = [
+                n.name for n in first.tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name[0] != "_"
+            ]
             lines += [f"      members: {own or 'false'}"]
         for module in others:
             if module.path.name != "__main__.py":
@@ -130,7 +132,7 @@ def _reference() -> Iterator[tuple[str, str]]:
 def _tutorials() -> Iterator[tuple[str, str]]:
     """A page for each example: its docstring as prose, its code behind. A folder with a pyproject.toml is a package."""
     examples = ROOT / "examples"
-    for path in sorted(examples.iterdir()) if examples.is_dir() else []:
+    for path in sorted(examples.iterdir(), key=lambda p: (p.is_dir(), p.name)) if examples.is_dir() else []:
         uri = f"tutorials/{path.stem.replace('_', '-')}.md"
         if path.suffix == ".py":
             yield uri, _tutorial(path)
@@ -167,9 +169,12 @@ def _title(path: Path) -> str:
 
 
 def _list_of_tutorials() -> str:
-    """A line for each example, for the page that lists them."""
-    titles = [(uri, re.search(r"^# (.+)$", text, re.MULTILINE)) for uri, text in _tutorials()]
-    return "\n".join(f"- [{title[1] if title else uri}]({uri.removeprefix('tutorials/')})" for uri, title in titles)
+    """A line for each example, for the page that lists them: its title and the first sentence below it."""
+    lines = []
+    for uri, text in _tutorials():
+        title, first = re.findall(r"^# (.+)\n+(.+(?:\n.+)*)", text)[0]
+        lines.append(f"- [{title}]({uri.removeprefix('tutorials/')}): {package.summary(first)}.")
+    return "\n".join(lines)
 
 
 def _floors() -> str:
@@ -191,7 +196,9 @@ def _filled(nav: list[Any], pages: dict[str, list[str]]) -> list[Any]:
     filled: list[Any] = []
     for entry in nav:
         if isinstance(entry, dict):
-            filled += [{title: _filled(value, pages) if isinstance(value, list) else value} for title, value in entry.items()]
+            filled += [
+                {title: _filled(value, pages) if isinstance(value, list) else value} for title, value in entry.items()
+            ]
         else:
             filled += pages.get(entry, [entry])
     return filled

@@ -4,7 +4,7 @@
     python docs/pictures/overview.py runs/demo/photos
 
 The photograph (NASA's portrait of Eileen Collins, in scikit-image) was held out of the demo's training. A token has the
-colour that the decoder gives it if the whole picture consists of it. The samples are those of docs/results/fashion-mnist.md.
+mean colour of a patch of tokens like it, decoded. The samples are those of docs/results/fashion-mnist.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from latticode import load
+from latticode import Tokenizer, load
 from latticode.core.values import to_uint8
 from latticode.data import Loader, Preprocess, open_source
 
@@ -23,7 +23,7 @@ DOCS = Path(__file__).parents[1]
 SIDE, CELL = 192, 6  # pixels of the photograph; of a token in the picture
 
 
-def colours(tokenizer: torch.nn.Module, codes: torch.Tensor) -> torch.Tensor:
+def colours(tokenizer: Tokenizer, codes: torch.Tensor) -> torch.Tensor:
     """(H, W, 3) uint8: for every token of `codes` (H, W) the mean colour of a patch of 3 x 3 tokens like it."""
     kinds, where = codes.unique(return_inverse=True)
     patches = kinds[:, None, None, None].expand(-1, 3, 3, 1)
