@@ -106,6 +106,7 @@ def exported() -> dict[str, str]:
     return _resolved(next(m for m in modules() if m.name == "latticode"))
 
 
+@cache
 def _resolved(module: Module) -> dict[str, str]:
     """The names that a module imports from the package, each with the path where it is defined."""
     known = {m.name: m for m in modules()}

@@ -26,6 +26,7 @@ import package
 
 ROOT = package.ROOT
 SOURCE = "https://github.com/latticode/latticode/blob/main"
+WIDE = 10  # columns of a table that takes the room of the table of contents
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 
@@ -52,6 +53,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for name, make in made.items():
         if f"<!-- {name} -->" in markdown:
             markdown = markdown.replace(f"<!-- {name} -->", make())
+    columns = max((line.count("|") - 1 for line in markdown.splitlines() if line.startswith("|")), default=0)
+    page.meta["hide"] = ["navigation", "toc"] if page.is_homepage else ["toc"] * (columns >= WIDE)
     return LINK.sub(lambda match: _outward(match, page.file.src_uri), markdown)
 
 

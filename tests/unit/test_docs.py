@@ -21,6 +21,7 @@ from latticode.engine.config import complete, load_config, recipe_names
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md")))]
+LINKING = [*PAGES, *(path.name for path in sorted(ROOT.glob("*.md")) if path.name not in PAGES)]
 HERE = re.compile(
     r"https://(?:github\.com/latticode/latticode/(?:blob|raw|tree)|raw\.githubusercontent\.com/latticode/latticode)/main/"
 )
@@ -152,7 +153,7 @@ def test_the_readme_lists_every_verb() -> None:
     assert sorted(listed) == sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", LINKING)
 def test_links_of_a_page_lead_somewhere(page: str) -> None:
     """Files, and headings of pages; addresses of this repository as files of this tree."""
     for target in re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)):
