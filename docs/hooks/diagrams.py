@@ -67,7 +67,7 @@ STAGES = (  # the way of a tensor: encoding, generating, decoding; (name, what c
     ),
     (
         ("labels, text", "Conditioning"),
-        ("prior", "logits of masked or next codes"),
+        ("prior", "logits of codes"),
         ("sample", "temperature, guidance"),
         ("codes", "(B, h, w, K) int64"),
     ),

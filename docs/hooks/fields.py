@@ -1,4 +1,5 @@
-"""A griffe extension: the comment beside (or just above) a field of a class is its description in the reference."""
+"""A griffe extension: the comment beside (or just above) a field of a class is its description in the reference, and
+what `forward` does is what its class says."""
 
 from __future__ import annotations
 
@@ -31,6 +32,11 @@ class Fields(griffe.Extension):
         if text:
             text = text[0].upper() + text[1:] + ("" if text.endswith(".") else ".")
             attr.docstring = griffe.Docstring(text, lineno=attr.lineno, endlineno=attr.endlineno, parent=attr)
+
+    def on_function_instance(self, *, node: Any, func: griffe.Function, **kwargs: Any) -> None:
+        """Show the signature of a `forward` that its class describes."""
+        if func.name == "forward" and not func.docstring and func.parent and func.parent.is_class:
+            func.docstring = griffe.Docstring("As the class describes.", parent=func)
 
 
 def comments(source: str) -> list[str]:
