@@ -13,14 +13,17 @@ from torch import Tensor
 
 
 def is_distributed() -> bool:
+    """Whether a process group of more than one rank is there."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
+    """The number of this process in the group; 0 without one."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
+    """The number of processes in the group; 1 without one."""
     return dist.get_world_size() if is_distributed() else 1
 
 

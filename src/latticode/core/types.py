@@ -67,6 +67,7 @@ class Batch:
         return Batch(self.inputs[count:], self.labels[count:], self.indices[count:], self.texts[count:])
 
     def to(self, device: Any) -> Batch:
+        """The same batch with its tensors on `device`."""
         return replace(
             self, inputs=self.inputs.to(device), labels=self.labels.to(device), indices=self.indices.to(device)
         )
@@ -85,6 +86,7 @@ class CodeBatch:
     )
 
     def to(self, device: Any) -> CodeBatch:
+        """The same batch with its tensors on `device`."""
         soft, images = (None if t is None else t.to(device) for t in (self.soft, self.images))
         return replace(self, codes=self.codes.to(device), labels=self.labels.to(device), soft=soft, images=images)
 
@@ -98,6 +100,7 @@ class Conditioning:
     images: Tensor | None = None  # (B, 3, H, W) in [-1, 1], of a prior that sees
 
     def take(self, rows: slice) -> Conditioning:
+        """The condition of these examples of the batch alone."""
         told = {name: value[rows] for name, value in vars(self).items() if value is not None}
         return Conditioning(**told)
 

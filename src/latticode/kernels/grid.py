@@ -75,6 +75,7 @@ class Lattice:
 
     @property
     def vocab(self) -> tuple[int, ...]:
+        """Codes of each factor: the product of the levels of its channels."""
         return tuple(math.prod(run) for run in self.runs)
 
     @property
@@ -84,6 +85,7 @@ class Lattice:
 
     @property
     def alpha(self) -> float:
+        """The factor of z in tanh(alpha z) = 2 sigmoid(slope z) - 1."""
         return self.slope / 2
 
     def channels(self, device: torch.device) -> Channels:

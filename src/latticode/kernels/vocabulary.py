@@ -53,6 +53,7 @@ class Head(NamedTuple):
     compiled: bool
 
     def blocks(self) -> list[Head]:
+        """The head cut into runs of codes whose logits stay in the cache, so many codes a thread."""
         width = BLOCK * torch.get_num_threads()
         parts = zip(self.weight.split(width), self.bias.split(width), strict=True)
         return [Head(*part, self.compiled) for part in parts]

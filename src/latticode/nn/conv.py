@@ -13,6 +13,7 @@ Norm = Callable[[int], nn.Module]  # a normalisation of that many channels
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Group norm with the eps of VQGAN. Raises ValueError where `groups` does not divide `channels`."""
     if channels % groups:
         raise ValueError(f"groups must divide the channels of every level, got {groups} groups for {channels} channels")
     return nn.GroupNorm(groups, channels, eps=1e-6)
