@@ -16,7 +16,8 @@ from helpers import QUIET, tiny_config, tiny_tokenizer
 from latticode import cli
 from latticode.core.pretrained import load_model
 from latticode.diagnose import diagnose, recommended
-from latticode.diagnose.evidence import Evidence, better_bound, bounds, leaves, measure
+from latticode.diagnose.bounds import better_bound, bounds
+from latticode.diagnose.evidence import Evidence, leaves, measure
 from latticode.diagnose.findings import Finding, findings, notes
 from latticode.engine import train
 from latticode.quantizers import BSQ, FSQ, LFQ, VQ, Grouped, Gumbel, Hierarchical, Projected, Quantizer, Residual, SimVQ

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from latticode.core.files import replacing
+from latticode.core.values import to_uint8
 from latticode.data.media import VIDEO, ContentError, Preparation, window
 from latticode.data.records import Record
 from latticode.data.transforms import MAX_PIXELS, ImageError, Preprocess, decode_image
@@ -125,6 +127,15 @@ class VideoPreprocess(Preparation):
 
     def weight(self, loaded: np.ndarray) -> int:
         return loaded.nbytes
+
+    def seconds(self, inputs: Tensor) -> float:
+        return inputs.shape[0] * inputs.shape[2] / self.fps
+
+    def save(self, path: Path, values: Tensor, about: Mapping[str, Any] | None = None) -> Path:
+        """A lossless animated WebP file."""
+        path = path.with_name(f"{path.name}.webp")
+        save_animation(path, to_uint8(values).cpu().numpy(), self.fps)
+        return path
 
     def whole(self) -> VideoPreprocess:
         return VideoPreprocess(self.size, None, self.channels, self.resize, self.crop, fps=self.fps)

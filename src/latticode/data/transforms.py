@@ -222,6 +222,10 @@ class Preprocess(Preparation):
     def weight(self, loaded: Image.Image) -> int:
         return loaded.width * loaded.height * (1 if loaded.mode == "L" else 4)  # PIL pads RGB
 
+    def shown(self) -> Preprocess:
+        """A run that was trained on windows of large images sees all of one."""
+        return replace(self, crop="center" if self.crop == "random" else self.crop, flip=False)
+
     def whole(self) -> Preprocess:
         return self.still()
 

@@ -6,11 +6,14 @@ import io
 import math
 import struct
 import wave
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latticode.core.files import replacing
 from latticode.core.values import to_int16
@@ -175,6 +178,15 @@ class AudioPreprocess(Preparation):
 
     def weight(self, loaded: np.ndarray) -> int:
         return loaded.nbytes
+
+    def seconds(self, inputs: Tensor) -> float:
+        return inputs.shape[0] * inputs.shape[2] / self.rate
+
+    def save(self, path: Path, values: Tensor, about: Mapping[str, Any] | None = None) -> Path:
+        """A 16-bit wav file."""
+        path = path.with_name(f"{path.name}.wav")
+        save_wav(path, values.float().cpu().numpy(), self.rate)
+        return path
 
     def whole(self) -> AudioPreprocess:
         return AudioPreprocess(self.rate, None, self.channels)

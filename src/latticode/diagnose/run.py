@@ -16,8 +16,10 @@ from rich.table import Table
 from latticode.core.files import replacing, write_text
 from latticode.core.progress import watched
 from latticode.data import Loader, Preprocess
-from latticode.diagnose.evidence import GAIN, Evidence, Part, better_bound, gather, measure
+from latticode.diagnose.bounds import GAIN, better_bound
+from latticode.diagnose.evidence import Evidence, gather, measure
 from latticode.diagnose.findings import Finding, findings, notes
+from latticode.diagnose.parts import Part
 from latticode.diagnose.semantics import POOL, write_probes
 from latticode.engine import RunConfig
 from latticode.quantizers.levels import recommend

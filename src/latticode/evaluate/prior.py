@@ -15,7 +15,6 @@ from latticode.core.types import Sampling, first_texts
 from latticode.core.values import rounded
 from latticode.data.loading import Loader
 from latticode.data.passes import Progress, Report, batches_of, count_of
-from latticode.data.writing import seconds_of
 from latticode.evaluate.captions import PROTOCOL, HeldOut
 from latticode.evaluate.common import feature_protocol, features_of, rates
 from latticode.metrics.classifier import Classifier
@@ -116,7 +115,7 @@ def evaluate_prior(
                 held_out.add(codes, labels, batch.texts, cost)
             size = tuple(images.shape[2:])
             tokens, area = tokens + codes[..., 0].numel(), area + images[:, 0].numel()
-            duration += seconds_of(loader.preprocess, images)
+            duration += loader.preprocess.seconds(images)
             count += len(images)
             real.update(images, labels)
             if label_of is not None:

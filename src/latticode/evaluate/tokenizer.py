@@ -11,7 +11,6 @@ from latticode.core.values import rounded
 from latticode.data.loading import Loader
 from latticode.data.media import IMAGE
 from latticode.data.passes import Progress, Report, batches_of, count_of
-from latticode.data.writing import seconds_of
 from latticode.evaluate.common import feature_protocol, features_of, rates
 from latticode.losses.perceptual import Perceptual
 from latticode.metrics.codes import CodeStatistics
@@ -72,7 +71,7 @@ def evaluate_tokenizer(
             codes.update(reconstruction.codes)
             tokens += reconstruction.codes[..., 0].numel()
             area += images[:, 0].numel()
-            seconds += seconds_of(loader.preprocess, images)
+            seconds += loader.preprocess.seconds(images)
             sizes.add(tuple(images.shape[1:]))
             if perceptual is not None:
                 distance += len(images) * float(perceptual(rounded(reconstruction.output), rounded(images)))
