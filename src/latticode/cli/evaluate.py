@@ -46,13 +46,14 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Score a run on held-out images; writes RUN/evaluation.json, with its protocol, and RUN/report.html."""
+    from latticode.runs.evaluate import EvaluationRequest
     from latticode.runs.evaluate import evaluate as run_evaluation
+    from latticode.runs.open import Run
     from latticode.viz.report import cell, write_report
 
-    result = run_evaluation(
-        run,
-        source,
-        split.value,
+    request = EvaluationRequest(
+        source=source,
+        split=split.value,
         own_size=own_size,
         tile=tile,
         features=features,
@@ -62,9 +63,8 @@ def evaluate(
         limit=limit,
         sampling=sampling,
         seed=seed,
-        device=device,
-        console=err,
     )
+    result = run_evaluation(Run.open(run, device), request, console=err)
     table = Table("metric", "value", box=None, pad_edge=False)
     for name, value in result.items():
         if isinstance(value, int | float):
@@ -95,18 +95,11 @@ def predict(
     Example: latticode predict runs/uvim-depth-small-guide photo.jpg predicted
     """
     from latticode.core.progress import tell_skipped
+    from latticode.runs.open import Run
     from latticode.runs.predict import predict as run_prediction
 
-    result = run_prediction(
-        run,
-        image,
-        target,
-        sampling=sampling,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        console=err,
-    )
+    opened, options = Run.open(run, device), {"sampling": sampling, "seed": seed, "batch_size": batch_size}
+    result = run_prediction(opened, image, target, **options, console=err)
     tell_skipped(err, result.skipped)
     out.print(f"{len(result.files)} predictions in {target}, {result.way}")
 
@@ -125,10 +118,11 @@ def probe(
 
     The best layer is chosen on held-out training images; all are reported.
     """
+    from latticode.runs.open import Run
     from latticode.runs.probe import probe as run_probe
     from latticode.viz.report import write_report
 
-    result = run_probe(run, source, limit=limit, seed=seed, batch_size=batch_size, device=device, console=err)
+    result = run_probe(Run.open(run, device), source, limit=limit, seed=seed, batch_size=batch_size, console=err)
     table = Table("layer", "test", "held out", box=None, pad_edge=False)
     for layer in result["layers"]:
         table.add_row(str(layer["layer"]), f"{layer['accuracy']:.2%}", f"{layer['held_out']:.2%}")

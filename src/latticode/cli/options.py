@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 
 from latticode.core.types import Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+    from latticode.sampling.request import Request
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True)
@@ -58,27 +63,76 @@ SAMPLING: dict[str, Any] = {  # for each field of Sampling
 }
 
 
+REQUEST: dict[str, tuple[Any, Any]] = {  # type and default of what makes up a `Request`, but for the count
+    "label": (Labels, None),
+    "text": (Texts, None),
+    "texts": (TextFile, None),
+    "sampling": (Sampling, inspect.Parameter.empty),
+    "classifier": (Judge, None),
+    "clip": (Clip, None),
+    "keep_best": (KeepBest, 1.0),
+    "seed": (Seed, 0),
+    "batch_size": (DrawnAtOnce, 64),
+}
+
+
 def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with an option for each field of `Sampling` where it has a keyword parameter `sampling`."""
-    hints, types = get_type_hints(command, include_extras=True), get_type_hints(Sampling)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if name != "sampling":
-            parameters.append(parameter.replace(annotation=hints[name]))
+    types = get_type_hints(Sampling)
+    options = {name: (Annotated[types[name], option], getattr(Sampling(), name)) for name, option in SAMPLING.items()}
+    return _takes(command, "sampling", options, lambda given: Sampling(**given))
+
+
+def takes_request(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of `REQUEST` where it has a keyword parameter `request`: a function of the count and
+    the device, which makes the `Request`, as reading a classifier takes time."""
+    return takes_sampling(_takes(command, "request", REQUEST, lambda given: partial(_request, given)))
+
+
+def _takes(
+    command: Callable[..., None],
+    name: str,
+    options: Mapping[str, tuple[Any, Any]],
+    make: Callable[[dict[str, Any]], Any],
+) -> Callable[..., None]:
+    """`command` with `options`, their types and defaults, in the place of its keyword parameter `name`, which becomes
+    what is made of them."""
+    hints, parameters = get_type_hints(command, include_extras=True), []
+    for own, parameter in inspect.signature(command).parameters.items():
+        if own != name:
+            parameters.append(parameter.replace(annotation=hints[own]))
             continue
-        for field, option in SAMPLING.items():
-            annotation, default = Annotated[types[field], option], getattr(Sampling(), field)
-            parameters.append(inspect.Parameter(field, keyword, default=default, annotation=annotation))
+        for option, (kind, default) in options.items():
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(option, keyword, default=default, annotation=kind))
 
     @wraps(command)
-    def run(*given: Any, **options: Any) -> None:
-        chosen = {field: options.pop(field) for field in SAMPLING}
-        command(*given, sampling=Sampling(**chosen), **options)
+    def run(*given: Any, **values: Any) -> None:
+        made = make({option: values.pop(option) for option in options})
+        command(*given, **{name: made}, **values)
 
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
+
+
+def _request(given: dict[str, Any], count: int, device: torch.device) -> Request:
+    from latticode.runs.open import Run
+    from latticode.sampling.request import Request
+    from latticode.sampling.scores import LabelScore, load_clip
+
+    given = dict(given)
+    classifier, clip, file = given.pop("classifier"), given.pop("clip"), given.pop("texts")
+    if classifier and clip:
+        raise ValueError(f"give --classifier or --clip, not both; got {classifier} and {clip}")
+    score = None
+    if classifier:
+        score = LabelScore(Run.open(classifier, device).classifier)
+    elif clip:
+        score = load_clip(clip, device)
+    lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    texts = [*(given.pop("text") or ()), *(line.strip() for line in lines if line.strip())]
+    return Request(count=count, labels=given.pop("label") or (), texts=texts, score=score, **given)
 
 
 OwnSize = Annotated[bool, typer.Option("--own-size", help="Keep every image's size, padded to the stride.")]

@@ -105,9 +105,10 @@ def diagnose(
     """Say what is wrong with a run's codes and what to change; writes RUN/diagnosis.json and RUN/report.html."""
     from latticode.diagnose import diagnose as run_diagnosis
     from latticode.diagnose import show
+    from latticode.runs.open import Run
     from latticode.viz.report import write_report
 
-    out.print(show(run_diagnosis(run, source, split.value, limit=limit, device=device, console=err)))
+    out.print(show(run_diagnosis(Run.open(run, device), source, split.value, limit=limit, console=err)))
     out.print(f"{write_report(run)}")
 
 

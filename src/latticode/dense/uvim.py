@@ -52,6 +52,8 @@ class UViM(Pretrained):
             what matters most first), "none"; or "all", at any time: the base model has to do without an oracle.
     """
 
+    guides = True  # its codes can only be used beside an image (`latticode.core.types.Coder`)
+
     def __init__(
         self,
         task: Task,

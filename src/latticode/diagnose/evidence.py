@@ -28,8 +28,8 @@ def leaves(
     inner = list(quantizer.inner(z, codes))
     if not inner:
         yield name, quantizer, z, codes
-    for place, *given in inner:
-        yield from leaves(f"{name}.{place}", *given)
+    for place, one, latents, chosen in inner:
+        yield from leaves(f"{name}.{place}", one, latents, chosen)
 
 
 class Evidence:

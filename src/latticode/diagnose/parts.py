@@ -54,7 +54,7 @@ class Symptom(NamedTuple):
 
 @dataclass
 class Part:
-    """A quantizer that is made of no others, of a kind that nothing more is known of, and what it was given and chose."""
+    """A quantizer that is made of no others, with what it was given and chose; of a kind that nothing is known of."""
 
     name: str  # "quantizer", "top.quantizer", "quantizer.stages[2]", or of a shared one "quantizer.stages slot 2"
     quantizer: Any
