@@ -362,6 +362,8 @@ class Greys:
     def parameters(self) -> Any:
         return iter(())
 
+    buffers = parameters
+
     def encode(self, images: Tensor) -> Tensor:
         return ((images[:, 0, ::4, ::4, None] + 1) * 127.5).round().long()
 
