@@ -1,4 +1,4 @@
-"""Commands that score a run: evaluate, predict, probe."""
+"""Commands that score or apply a run: evaluate, predict, probe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def evaluate(
     own_size: OwnSize = False,
     tile: Tile = None,
     features: Annotated[
-        str | None, typer.Option(help="Network of FID: `inception` or the folder of a classifier run.")
+        str | None, typer.Option(help="Network of rFID and gFID: `inception` or the folder of a classifier run.")
     ] = None,
     perceptual: Annotated[
         str | None, typer.Option(help="Perceptual distance: `lpips` or the folder of a classifier run.")
@@ -86,8 +86,8 @@ def predict(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="At once; changes no prediction.")] = 8,
     device: Device = "auto",
 ) -> None:
-    """Solve a dense task (depth, segments, colours) for pictures: of each a PNG to look at and a .npy of the numbers,
-    both at the picture's own size.
+    """Solve a dense task (depth, panoptic segmentation, colorization) for pictures: of each a PNG to look at and a .npy
+    of the numbers, both at the picture's own size.
 
     RUN is of stage II, whose prior writes the code: the likeliest, unless a sampling option is set. With a run of stage
     I there is no code, and predictions are the floor of what the base model can do.
@@ -114,9 +114,9 @@ def probe(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Device = "auto",
 ) -> None:
-    """Fit a linear classifier to every layer of a trained prior; writes RUN/probe.json, probe.svg and report.html.
+    """Linear probing: fit a linear classifier to every layer of a trained prior.
 
-    The best layer is chosen on held-out training images; all are reported.
+    Writes RUN/probe.json, probe.svg and report.html. The best layer is chosen on held-out training images; all are reported.
     """
     from latticode.runs.open import Run
     from latticode.runs.probe import probe as run_probe

@@ -1,4 +1,4 @@
-"""What several verbs of the command line share: options, and where they print."""
+"""Options that several commands share, and the consoles they print to."""
 
 from __future__ import annotations
 
@@ -37,13 +37,11 @@ Labels = Annotated[
 ]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Caption, of a prior that reads. Several: in turn.")]
 TextFile = Annotated[Path | None, typer.Option("--texts", help="File with one caption a line.")]
-Judge = Annotated[Path | None, typer.Option("--classifier", help="Classifier run that --keep-best asks.")]
-Clip = Annotated[str | None, typer.Option("--clip", help="CLIP that --keep-best asks: a folder or Hub name.")]
+Judge = Annotated[Path | None, typer.Option("--classifier", help="Classifier run that scores for --keep-best.")]
+Clip = Annotated[str | None, typer.Option("--clip", help="CLIP that scores for --keep-best: a folder or Hub name.")]
 KeepBest = Annotated[
     float,
-    typer.Option(
-        "--keep-best", min=0.0, max=1.0, help="0.25: the best of every four draws, by --classifier or --clip."
-    ),
+    typer.Option("--keep-best", min=0.0, max=1.0, help="Rejection sampling: 0.25 keeps the best of every four draws."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="With the number of a sample, all that its draws depend on.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete samples of other settings in the folder.")]
@@ -52,8 +50,8 @@ DrawnAtOnce = Annotated[int, typer.Option("--batch-size", min=1, help="Drawn at 
 SAMPLING: dict[str, Any] = {  # for each field of Sampling
     "steps": typer.Option(min=1, help="Forward passes of an iterative decoder."),
     "temperature": typer.Option(min=0.0, help="Of the token draw; 0 takes the likeliest."),
-    "noise": typer.Option(min=0.0, help="Gumbel noise on the confidences, annealed to 0."),
-    "guidance": typer.Option(help="w in l_c + w (l_c - l_0); 0 is off."),
+    "noise": typer.Option(min=0.0, help="Choice temperature: Gumbel noise on the confidences, annealed to 0."),
+    "guidance": typer.Option(help="Classifier-free guidance, w in l_c + w (l_c - l_0); 0 is off."),
     "guidance_schedule": typer.Option(help="Of w over the steps: constant, or from 0 to w: linear, cosine."),
     "schedule": typer.Option(help="Of the masked fraction: cosine, arccos, linear, square, cubic, root."),
     "top_k": typer.Option(min=0, help="Draw from the k likeliest tokens; 0 = all."),

@@ -1,4 +1,4 @@
-"""Commands that draw from a prior: sample, edit."""
+"""Commands that sample from a prior: sample, edit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that turn files into tokens and tokens into files: encode, decode."""
+"""Commands that turn files into a token dataset and back: encode, decode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an encoded clip to the frames a network sees, and back to an animation."""
+"""Preprocessing of clips: animations and frames decoded, sampled in time and cropped; and animated WebP files written."""
 
 from __future__ import annotations
 
@@ -78,6 +78,14 @@ class VideoPreprocess(Preparation):
     Every frame is treated like an image (`size`, `channels`, `resize`, `crop`: 'center' or 'squash'). `frames` is the
     training window, taken at random; a clip with fewer repeats its last frame. With `frames` None a clip keeps its
     own. `flip` mirrors a whole clip. At `fps` animations are sampled and written; other sources do not say theirs.
+
+    Raises ValueError for settings that are unknown or out of range.
+
+    Examples:
+        >>> preprocess = VideoPreprocess(size=8, frames=4)
+        >>> strip = Record(np.zeros((8, 48, 3), np.uint8), -1, "strip", frames=6)  # six frames side by side
+        >>> preprocess.arrange(preprocess.load(strip)).shape
+        (3, 4, 8, 8)
     """
 
     medium = VIDEO

@@ -1,4 +1,4 @@
-"""The kinds of data, and what turning a record of any of them into an example of a batch means."""
+"""The kinds of data (`Medium`) and the contract of preprocessing (`Preparation`): records to arrays, examples to files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an encoded recording to the waveform a network sees, and back to a wav file."""
+"""Preprocessing of recordings: decoding (wav here, others by soundfile), resampling, windows; and wav files written."""
 
 from __future__ import annotations
 
@@ -128,6 +128,16 @@ class AudioPreprocess(Preparation):
     low-pass filter (scipy's resample_poly, Kaiser window of 5). `length` is the training window in samples, taken at
     random; what is shorter is followed by silence, which counts in the loss like any other: a network has to reproduce
     the silence after a word too. With `length` None a recording keeps its own.
+
+    Raises ValueError for a rate or length < 1 and other channels.
+
+    Examples:
+        >>> preprocess = AudioPreprocess(rate=8000, length=1000)
+        >>> second = Record(encode_wav(np.zeros((2, 16000), np.float32), 16000), -1, "stereo.wav")
+        >>> preprocess.arrange(preprocess.load(second)).shape
+        (1, 1000)
+        >>> preprocess.whole().load(second).shape
+        (1, 8000)
     """
 
     medium = AUDIO

@@ -1,4 +1,4 @@
-"""PNG files that say in their metadata what they were made of."""
+"""PNG files, written atomically, with JSON about their making in the metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the quantizers of a model are given and what they choose, taken apart and measured."""
+"""Latents and codes of every quantizer in a model, collected over held-out examples down to the innermost ones,
+measured."""
 
 from __future__ import annotations
 

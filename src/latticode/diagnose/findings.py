@@ -1,4 +1,4 @@
-"""Numbers to findings: what is wrong with a part of a quantizer, by which threshold, and what to change."""
+"""Findings of a diagnosis: what is wrong with a part of a quantizer, by which threshold, and what to change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run folder diagnosed, and levels recommended by what its tokenizer does."""
+"""Diagnose a run folder (diagnosis.json and its charts), and recommend FSQ levels by the latents of its tokenizer."""
 
 from __future__ import annotations
 

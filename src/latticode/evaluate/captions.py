@@ -1,4 +1,5 @@
-"""What captions are to a prior that reads text: conditions for samples, and a score of how much it listens."""
+"""Scores of captions for a prior that is conditioned on text: bits that an image's own caption saves, and how often it
+saves more than another one."""
 
 from __future__ import annotations
 

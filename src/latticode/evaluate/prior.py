@@ -1,4 +1,4 @@
-"""What a prior's samples and its likelihoods are worth."""
+"""Scores of a prior: negative log-likelihood in bits per token; gFID, precision, recall, label accuracy of its samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tokenizer's reconstructions and codes are worth."""
+"""Scores of a tokenizer: PSNR, SSIM, rFID, perceptual distance; usage and perplexity of its codebook, dead codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations side by side; numbers of different protocols never stand in one table."""
+"""Compare evaluations: one table for each protocol, as numbers of different protocols are not comparable."""
 
 from __future__ import annotations
 

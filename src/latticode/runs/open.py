@@ -44,6 +44,8 @@ class Run:
 
     Examples:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from rich.console import Console
         >>> from latticode.engine import load_config, train
         >>> overrides = ["data.source=embedded:digits", "data.size=8", "data.channels=1", "data.workers=0", "steps=1"]
         >>> config = load_config("classifier", [*overrides, "batch_size=4", "classifier.width=4"])

@@ -1,4 +1,4 @@
-"""Predictions of dense tasks for a user's own pictures, at their own sizes: one to look at, and the numbers."""
+"""Predict depth, segments or colours for pictures at their own sizes: a PNG to look at, and the numbers as .npy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples and edits of a prior's run, as files that say how they were made. What was cut off goes on."""
+"""Sample from a prior's run and edit images with it, as files that say how they were drawn. What was cut off goes on."""
 
 from __future__ import annotations
 

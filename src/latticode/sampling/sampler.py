@@ -1,4 +1,4 @@
-"""Samples of a prior by their number, with rejection: each the same in whatever company it is drawn."""
+"""Samples of a prior by seed and number, with rejection sampling; a sample does not depend on its batch."""
 
 from __future__ import annotations
 

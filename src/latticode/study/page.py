@@ -1,4 +1,4 @@
-"""The report of a study: quality, usage and compression cost against the size of the codebook, with their spread."""
+"""study.html: quality, codebook usage and negative log-likelihood against codebook size, with their spread over seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study trains: quantizers and sizes, the jobs they make, and the number of steps that a budget pays for."""
+"""The plan of a study: quantizers and sizes, the jobs they make, and the number of steps that a budget pays for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the jobs of a study one after another, each a run folder of its own, and writes what they gave."""
+"""Run the jobs of a study one after another, each in a run folder of its own, and write what they gave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a study: one row for each job, and that the rows may stand in one table."""
+"""study.csv: one row for each job, and the check that all were trained and evaluated under one protocol."""
 
 from __future__ import annotations
 

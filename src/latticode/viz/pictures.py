@@ -1,4 +1,4 @@
-"""Batches of images as one picture: grids, originals above reconstructions, PNG files that carry their settings."""
+"""Batches as one picture: grids, originals above reconstructions, spectrograms, film strips, segments, legends."""
 
 from __future__ import annotations
 
