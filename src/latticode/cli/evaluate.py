@@ -116,7 +116,8 @@ def probe(
 ) -> None:
     """Linear probing: fit a linear classifier to every layer of a trained prior.
 
-    Writes RUN/probe.json, probe.svg and report.html. The best layer is chosen on held-out training images; all are reported.
+    Writes RUN/probe.json, probe.svg and report.html. The layer is chosen on held-out training images; all are
+    reported.
     """
     from latticode.runs.open import Run
     from latticode.runs.probe import probe as run_probe

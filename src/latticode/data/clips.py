@@ -1,4 +1,4 @@
-"""Preprocessing of clips: animations and frames decoded, sampled in time and cropped; and animated WebP files written."""
+"""Preprocessing of clips: animations and frames decoded, sampled in time and cropped; animated WebP files written."""
 
 from __future__ import annotations
 

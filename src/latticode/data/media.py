@@ -1,4 +1,4 @@
-"""The kinds of data (`Medium`) and the contract of preprocessing (`Preparation`): records to arrays, examples to files."""
+"""Kinds of data (`Medium`) and the contract of preprocessing (`Preparation`): records to arrays, examples to files."""
 
 from __future__ import annotations
 

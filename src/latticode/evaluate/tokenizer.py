@@ -37,7 +37,7 @@ def evaluate_tokenizer(
     Args:
         tokenizer: any; what it returns is compared after rounding to 8 bits (sound: 16).
         loader: images, recordings or clips; one ordered pass over them is made, without augmentation.
-        features: names the key `rfid_<name>`.
+        features: names the key `rfid_<name>`, the rFID.
         reference: a loader of the images that the reconstructions' FID is taken against (the FSQ paper: the training
             set); without it, the originals of the same images.
         perceptual: its mean distance over the images, rounded to 8 bits, is the key `perceptual_<kind>`.

@@ -1,4 +1,4 @@
-"""Sample from a prior's run and edit images with it, as files that say how they were drawn. What was cut off goes on."""
+"""Sample from a prior's run and edit images with it: files that say how they were drawn. What was cut off goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""study.html: quality, codebook usage and negative log-likelihood against codebook size, with their spread over seeds."""
+"""study.html: quality, codebook usage and negative log-likelihood against codebook size, with the spread over seeds."""
 
 from __future__ import annotations
 

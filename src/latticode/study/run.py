@@ -73,8 +73,8 @@ def study(
                 _write(folder, plan)
                 written = time.monotonic()
     except TrainingStoppedError:
-        told = f"interrupted; {folder / PAGE} shows what is done, and the same command goes on where it was"
-        raise TrainingStoppedError(told) from None
+        message = f"interrupted; {folder / PAGE} shows what is done, and the same command goes on where it was"
+        raise TrainingStoppedError(message) from None
     finally:
         page = _write(folder, plan)
     if failed := [job.name for job in mine if not finished(folder, plan, job)]:

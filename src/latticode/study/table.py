@@ -17,7 +17,7 @@ from latticode.runs.evaluate import EVALUATION
 from latticode.study.plan import Job, Plan
 
 RUN = "run.json"
-TOLD = {"steps": int, "parameters": int, "seconds": (int, float)}  # by it, of a training
+TRAINED = {"steps": int, "parameters": int, "seconds": (int, float)}  # by it, of a training
 PROBLEMS = "job.json"  # of a job: its error, or its peak memory
 FIRST = ("quantizer", "size", "codes", "bits", "seed", "steps", "psnr", "ssim", "usage", "perplexity", "entropy_bits")
 OF_PRIOR = ("compression_cost", "bits_per_pixel", "samples_per_second")
@@ -63,16 +63,16 @@ def read_rows(folder: Path, plan: Plan) -> list[Row]:
 
 
 def _row(place: Path, job: Job) -> Row:
-    result, about = evaluation_of(place), read_json(place / RUN, TOLD)
+    result, about = evaluation_of(place), read_json(place / RUN, TRAINED)
     row: Row = {**job._asdict(), "codes": round(2 ** result["bits_per_token"]), "bits": result["bits_per_token"]}
     row |= {key: result[key] for key in FIRST if key in result}
     row |= {key: value for key, value in result.items() if key.startswith(NETWORKED)}
-    row |= {key: about[key] for key in TOLD}
+    row |= {key: about[key] for key in TRAINED}
     if (place / "prior" / EVALUATION).is_file():
-        result, about = evaluation_of(place / "prior"), read_json(place / "prior" / RUN, TOLD)
+        result, about = evaluation_of(place / "prior"), read_json(place / "prior" / RUN, TRAINED)
         row |= {key: result[key] for key in OF_PRIOR if key in result}
         row |= {key: value for key, value in result.items() if key.startswith(NETWORKED)}
-        row |= {f"prior_{key}": about[key] for key in TOLD}
+        row |= {f"prior_{key}": about[key] for key in TRAINED}
     return row | (_facts(place) or {})
 
 
