@@ -25,14 +25,13 @@ from rich.console import Console
 from systems import Data, Out, finish, line
 from torch import Tensor
 
-from latticode.core.pretrained import load_model
 from latticode.core.types import Sampling
 from latticode.data.writing import save_png
 from latticode.engine.config import read_run
 from latticode.engine.feed import open_loader
 from latticode.evaluate.dense import GREEDY
-from latticode.runs.evaluate import evaluate
-from latticode.runs.open import open_model
+from latticode.runs.evaluate import EvaluationRequest, evaluate
+from latticode.runs.open import Run
 from latticode.viz.pictures import grid_image
 
 SHOWN = 8  # held-out examples in the picture
@@ -123,7 +122,7 @@ def score(run: Path, task: Task) -> Result:
     if kept.is_file():
         return json.loads(kept.read_text())
     features = str(run.parent / "classifier") if task.features else None
-    return evaluate(run, features=features, sampling=task.sampling, console=Console(stderr=True))
+    return evaluate(run, EvaluationRequest(features=features, sampling=task.sampling), console=Console(stderr=True))
 
 
 @app.command()
@@ -195,16 +194,16 @@ def examples(run: Path) -> Tensor:
 
 def shown(run: Path, inputs: Tensor, sampling: Sampling, *, labelled: bool) -> np.ndarray:
     """Predictions for `inputs` of B examples, (B, 3, H, W) uint8; `labelled`: after their photographs and labels."""
-    config, model = open_model(run, "prior" if (run / "tokenizer").is_dir() else "tokenizer")
-    uvim = load_model(run / "tokenizer") if config.kind == "prior" else model
+    opened = Run.open(run)
+    uvim, prior = opened.uvim, opened.prior if opened.config.kind == "prior" else None
     parts: list[Tensor] = []
     with torch.inference_mode():
         image, task = uvim.image(inputs), uvim.task
         if labelled:
             parts += [inputs[:, :3].byte(), task.picture(truth(task, inputs, image))]
         codes = None
-        if config.kind == "prior":
-            codes = model.sample(len(inputs), model.condition(images=image), sampling=sampling)
+        if prior is not None:
+            codes = prior.sample(len(inputs), prior.condition(images=image), sampling=sampling)
         parts.append(task.picture(task.predict(uvim.solve(image, codes), image)))
     return torch.cat(parts).numpy()
 

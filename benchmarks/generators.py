@@ -31,8 +31,8 @@ from latticode.data.writing import save_png
 from latticode.nn.transformer import Transformer
 from latticode.priors.base import Prior
 from latticode.priors.pixelcnn import RasterNetwork
-from latticode.runs.evaluate import evaluate
-from latticode.runs.open import open_model, open_tokenizer
+from latticode.runs.evaluate import EvaluationRequest, evaluate
+from latticode.runs.open import Run
 from latticode.viz.pictures import grid_image, preview
 
 Result = dict[str, Any]
@@ -213,18 +213,17 @@ def score(run: Path, tokenizer: str, group: Group) -> Result:
     kept = run / "score.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    result = evaluate(
-        run,
+    request = EvaluationRequest(
         features=str(run.parent / "classifier"),
         classifier=run.parent / "judge",
         samples=group.samples,
         limit=HELD_OUT,
         sampling=group.sampling,
-        console=Console(stderr=True),
     )
-    _, prior = open_model(run, "prior")
+    opened = Run.open(run)
+    result = evaluate(opened, request, console=Console(stderr=True))
     result |= json.loads((run / "run.json").read_text())
-    result |= {"tokenizer": tokenizer, "passes": passes(prior, group)}
+    result |= {"tokenizer": tokenizer, "passes": passes(opened.prior, group)}
     kept.write_text(json.dumps(result))
     return result
 
@@ -243,9 +242,9 @@ def passes(prior: Prior, group: Group) -> str:
 
 def example(run: Path, group: Group) -> tuple[np.ndarray, float]:
     """One sample for each class, or each caption shown, (count, C, H, W) uint8; and samples a second, by `TIMED`."""
-    config, prior = open_model(run, "prior")
-    _, tokenizer = open_tokenizer(run)
-    preprocess, count = config.data.preprocess(), len(group.shown) or prior.classes or 10
+    opened = Run.open(run)
+    prior, tokenizer = opened.prior, opened.tokenizer
+    preprocess, count = opened.config.data.preprocess(), len(group.shown) or prior.classes or 10
 
     def draw(number: int) -> Tensor:
         texts = tuple(group.shown[i % count] for i in range(number)) if group.shown else ()

@@ -29,9 +29,8 @@ from latticode.core.files import write_text
 from latticode.core.progress import watched
 from latticode.core.values import to_uint8
 from latticode.data.writing import save_png
-from latticode.engine.config import read_run
 from latticode.evaluate import evaluate_tokenizer
-from latticode.runs.open import open_tokenizer, open_whole
+from latticode.runs import open as runs
 from latticode.tokenizers import tiling
 from latticode.viz.pictures import grid_image
 
@@ -44,18 +43,22 @@ Run = Annotated[Path, typer.Argument(metavar="RUN")]
 Tile = Annotated[int, typer.Option(help="Samples a side of the tiles of what fits no tile.")]
 
 
+def open_run(run: Path) -> runs.Run:
+    return runs.Run.open(run, "cpu")
+
+
 def scores(run: Path, source: Path, console: Console) -> dict[str, Any]:
     """Of a whole source at its own sizes, in tiles only where a side is longer than the default tile."""
-    config, tokenizer = open_tokenizer(run, "cpu")
-    loader = open_whole(config, str(source), "all", own_size=True)
+    opened = open_run(run)
+    loader = opened.whole(str(source), "all", own_size=True)
     with watched(console, f"{run.name} on {source.name}") as watch:
-        result = evaluate_tokenizer(tokenizer, loader, progress=watch)
+        result = evaluate_tokenizer(opened.tokenizer, loader, progress=watch)
     return {name: result[name] for name in COLUMNS} | {"sizes": result["protocol"]["sizes"]}
 
 
 def photograph(run: Path, source: Path) -> Tensor:
     """The first photograph (1, C, H, W) in [-1, 1]."""
-    return next(iter(open_whole(read_run(run), str(source), "all", own_size=True).epoch())).inputs
+    return next(iter(open_run(run).whole(str(source), "all", own_size=True).epoch())).inputs
 
 
 def mirrored(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -75,7 +78,7 @@ def peak() -> float:
 def difference(run: Path, image: Tensor, tile: int) -> tuple[dict[str, Any], list[Tensor]]:
     """Of `image` with and without tiles; crops (C, CROP, CROP) uint8 around a border of tiles, the first one in tiles
     and the second the amplified difference."""
-    _, tokenizer = open_tokenizer(run, "cpu")
+    tokenizer = open_run(run).tokenizer
     size = image.shape[2:]
     with torch.inference_mode():
         codes, tiled = tokenizer.encode(image), tiling.encode(tokenizer, image, tile)
@@ -103,7 +106,7 @@ def crop(image: Tensor, tile: int) -> Tensor:
 @app.command()
 def large(run: Run, source: Path) -> None:
     """Print what a picture of 24 megapixels takes, as JSON."""
-    _, tokenizer = open_tokenizer(run, "cpu")
+    tokenizer = open_run(run).tokenizer
     image = mirrored(photograph(run, source), LARGE)
     result: dict[str, Any] = {"megapixels": LARGE[0] * LARGE[1] / 1e6, "threads": torch.get_num_threads()}
     with torch.inference_mode():

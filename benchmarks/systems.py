@@ -29,8 +29,8 @@ from latticode.data.writing import save_png
 from latticode.engine.config import read_run
 from latticode.engine.feed import open_loader
 from latticode.metrics.reconstruction import metrics_of
-from latticode.runs.evaluate import evaluate
-from latticode.runs.open import open_tokenizer
+from latticode.runs.evaluate import EvaluationRequest, evaluate
+from latticode.runs.open import Run
 from latticode.viz.pictures import grid_image, preview
 
 SHOWN = 8  # held-out examples in the picture
@@ -215,9 +215,9 @@ def score(run: Path, group: Group, data: Path) -> Result:
     if kept.is_file():
         return json.loads(kept.read_text())
     console, judge = Console(stderr=True), str(run.parent / "judge") if group.classifier else None
-    exact = evaluate(run, str(data / group.exact), console=console) if group.exact else {}
-    result = evaluate(run, features=judge, perceptual=judge, console=console)
-    _, tokenizer = open_tokenizer(run)
+    exact = evaluate(run, EvaluationRequest(source=str(data / group.exact)), console=console) if group.exact else {}
+    result = evaluate(run, EvaluationRequest(features=judge, perceptual=judge), console=console)
+    tokenizer = Run.open(run).tokenizer
     batch, times = held_out(run, 64), []
     with torch.inference_mode():
         codes = tokenizer.encode(batch)
@@ -249,12 +249,12 @@ def prefixes(run: Path, tokenizer: Any, batch: Tensor) -> list[float]:
 
 def example(run: Path) -> tuple[np.ndarray, np.ndarray, int]:
     """Pictures of held-out examples, of what the run makes of them, and how many fit side by side."""
-    config, tokenizer = open_tokenizer(run)
-    batch = held_out(run, SHOWN)
+    opened, batch = Run.open(run), held_out(run, SHOWN)
     with torch.inference_mode():
-        output = tokenizer(batch).output
-    originals, columns = preview(batch, config.data.preprocess())
-    return originals, preview(output, config.data.preprocess())[0], columns
+        output = opened.tokenizer(batch).output
+    preprocess = opened.config.data.preprocess()
+    originals, columns = preview(batch, preprocess)
+    return originals, preview(output, preprocess)[0], columns
 
 
 def held_out(run: Path, count: int) -> Tensor:

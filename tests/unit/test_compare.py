@@ -12,8 +12,8 @@ from helpers import QUIET, tiny_tokenizer
 from latticode.cli import app
 from latticode.evaluate import evaluate_tokenizer
 from latticode.runs.compare import compare
-from latticode.runs.evaluate import evaluate
-from latticode.runs.open import open_tokenizer, open_whole
+from latticode.runs.evaluate import EvaluationRequest, evaluate
+from latticode.runs.open import Run
 from latticode.tokenizers.foreign import Foreign
 
 
@@ -75,9 +75,8 @@ def test_what_is_no_evaluation(tmp_path) -> None:
 
 def test_a_foreign_tokenizer_gets_the_numbers_that_it_would_get_here(tmp_path) -> None:
     run = tiny_tokenizer(tmp_path / "run")
-    ours = evaluate(run, limit=20, device="cpu", console=QUIET)
-    config, tokenizer = open_tokenizer(run, "cpu")
-    tokenizer.eval()
+    opened = Run.open(run, "cpu")
+    ours, tokenizer = evaluate(opened, EvaluationRequest(limit=20), console=QUIET), opened.tokenizer
     theirs = Foreign(
         lambda images: tokenizer.encode(images)[..., 0],
         lambda codes: tokenizer.decode(codes[..., None]),
@@ -86,7 +85,7 @@ def test_a_foreign_tokenizer_gets_the_numbers_that_it_would_get_here(tmp_path) -
         tokenizer.channels,
         tokenizer,
     )
-    loader = open_whole(config, config.data.source, "test")
+    loader = opened.whole()
     result = evaluate_tokenizer(theirs, loader, limit=20)
     numbers = {key: value for key, value in ours.items() if isinstance(value, float)}
     assert {"psnr", "usage", "bits_per_pixel"} <= numbers.keys()

@@ -26,7 +26,8 @@ from latticode.engine import load_config, train
 from latticode.evaluate import evaluate_dense
 from latticode.metrics import FeatureNetwork
 from latticode.quantizers import FSQ
-from latticode.runs.evaluate import evaluate
+from latticode.runs.evaluate import EvaluationRequest, evaluate
+from latticode.runs.open import Run
 from latticode.runs.predict import predict
 from latticode.viz.report import write_report
 
@@ -164,7 +165,7 @@ def test_pictures_alone_have_a_distance_of_features():
 def test_both_stages_are_evaluated_and_reported(runs):
     name, one, two = runs
     for run, ways in ((one, ["ceiling", "floor"]), (two, ["ceiling", "predicted", "floor"])):
-        result = evaluate(run, limit=6, console=QUIET, device="cpu")
+        result = evaluate(Run.open(run, "cpu"), EvaluationRequest(limit=6), console=QUIET)
         assert all(list(values) == ways for values in result["scores"].values())
         assert result["count"] == 6
         assert 0 < result["usage"] <= 1
@@ -174,14 +175,14 @@ def test_both_stages_are_evaluated_and_reported(runs):
         assert "predictions without a code" in page
         assert {"depth": "RMSE, m", "panoptic": "Classes, floor", "colorization": "PSNR"}[name] in page
     assert result["protocol"]["sampling"]["temperature"] == 0
-    asked = evaluate(two, limit=2, sampling=Sampling(top_k=3), console=QUIET, device="cpu")
+    asked = evaluate(Run.open(two, "cpu"), EvaluationRequest(limit=2, sampling=Sampling(top_k=3)), console=QUIET)
     assert asked["protocol"]["sampling"]["temperature"] == 1
 
 
 def test_predictions_have_the_size_of_their_pictures(runs, photographs, tmp_path):
     name, one, two = runs
     for run, way in ((one, "stage I"), (two, "likeliest")):
-        result = predict(run, photographs, tmp_path / run.name, console=QUIET, device="cpu")
+        result = predict(Run.open(run, "cpu"), photographs, tmp_path / run.name, console=QUIET)
         assert way in result.way
         assert [path.name for path in result.files] == ["tall.png", "wide.png"]
         assert "torn.png" in str(result.skipped)
@@ -197,7 +198,7 @@ def test_predictions_have_the_size_of_their_pictures(runs, photographs, tmp_path
         image = uvim.task.image(pixels[1])
         expected = uvim.task.enlarge(uvim.task.predict(uvim.solve(image), image), to_float(pixels[0]))[0]
     assert np.allclose(np.load(tmp_path / one.name / "wide.npy"), expected, atol=1e-5)
-    alone = predict(two, photographs / "wide.png", tmp_path / "alone", batch_size=1, console=QUIET, device="cpu")
+    alone = predict(Run.open(two, "cpu"), photographs / "wide.png", tmp_path / "alone", batch_size=1, console=QUIET)
     assert np.array_equal(np.load(alone.files[0].with_suffix(".npy")), np.load(tmp_path / two.name / "wide.npy"))
 
 
@@ -215,7 +216,7 @@ def test_the_command_line_predicts_and_refuses(runs, photographs, tmp_path):
     with pytest.raises(ValueError, match="torn"):
         predict(two, photographs / "torn.png", tmp_path / "none", console=QUIET)
     with pytest.raises(ValueError, match="not for dense tasks"):
-        evaluate(one, own_size=True, console=QUIET)
+        evaluate(one, EvaluationRequest(own_size=True), console=QUIET)
     other = tiny_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="is the run of a Tokenizer; one of a uvim"):
         predict(other, photographs, tmp_path / "none", console=QUIET)

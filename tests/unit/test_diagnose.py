@@ -17,10 +17,12 @@ from helpers import QUIET, tiny_config, tiny_tokenizer
 from latticode import cli
 from latticode.core.pretrained import load_model
 from latticode.diagnose import diagnose, recommended
-from latticode.diagnose.evidence import Evidence, better_bound, bounds, leaves, measure
+from latticode.diagnose.bounds import better_bound, bounds
+from latticode.diagnose.evidence import Evidence, leaves, measure
 from latticode.diagnose.findings import Finding, findings, notes
 from latticode.engine import train
 from latticode.quantizers import BSQ, FSQ, LFQ, VQ, Grouped, Gumbel, Hierarchical, Projected, Quantizer, Residual, SimVQ
+from latticode.runs.open import Run
 
 TOKENS = 10_000
 
@@ -254,29 +256,29 @@ def test_a_run_with_a_dead_channel(tmp_path: Path) -> None:
     with torch.no_grad():
         conv.weight[1], conv.bias[1] = 0, 0  # type: ignore[index]
     model.save_pretrained(run)
-    result = diagnose(run, limit=100, device="cpu", console=QUIET)
+    result = diagnose(Run.open(run, "cpu"), limit=100, console=QUIET)
     assert ("dead", [1]) in [(f["kind"], f["channels"]) for f in result["findings"]]
     assert json.loads((run / "diagnosis.json").read_text()) == result
     assert (run / "diagnosis.svg").read_bytes().startswith(b"<?xml")
     assert result["parts"][0]["tokens"] == result["protocol"]["tokens"] == 100 * 4
-    again = recommended(run, limit=100, device="cpu", console=QUIET)
+    again = recommended(Run.open(run, "cpu"), limit=100, console=QUIET)
     assert again["idle"] == [1]
 
 
 def test_levels_by_the_latents_of_a_run(tokenizer: Path) -> None:
-    result = recommended(tokenizer, limit=100, device="cpu", console=QUIET)
+    result = recommended(Run.open(tokenizer, "cpu"), limit=100, console=QUIET)
     assert result["levels"] == result["measured"] == [4, 3]
     assert (result["rows"][0]["bound"], result["rows"][0]["slope"]) == ("paper", 2.0)
-    wider = recommended(tokenizer, bits=9, limit=100, device="cpu", console=QUIET)
+    wider = recommended(Run.open(tokenizer, "cpu"), bits=9, limit=100, console=QUIET)
     assert (wider["levels"], wider["measured"]) == ([8, 8, 8], [4, 3])
-    assert recommended(tokenizer, bits=6, limit=100, device="cpu", console=QUIET)["measured"] == [8, 8]
+    assert recommended(Run.open(tokenizer, "cpu"), bits=6, limit=100, console=QUIET)["measured"] == [8, 8]
 
 
 def test_levels_need_one_fsq(tmp_path: Path) -> None:
     run = train(tiny_config({"type": "vq", "size": 16, "dim": 3}), tmp_path / "vq", console=QUIET)
     with pytest.raises(ValueError, match=r"one FSQ; .* has VQ"):
-        recommended(run, limit=20, device="cpu", console=QUIET)
-    assert diagnose(run, limit=20, device="cpu", console=QUIET)["parts"][0]["type"] == "VQ"
+        recommended(Run.open(run, "cpu"), limit=20, console=QUIET)
+    assert diagnose(Run.open(run, "cpu"), limit=20, console=QUIET)["parts"][0]["type"] == "VQ"
 
 
 def test_the_command_line(tokenizer: Path, monkeypatch, capsys) -> None:

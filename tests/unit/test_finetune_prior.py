@@ -19,7 +19,7 @@ from latticode.engine import load_config, train
 from latticode.engine.checkpoint import STATE
 from latticode.engine.objectives import PriorClassificationObjective
 from latticode.priors import GPT
-from latticode.runs.evaluate import evaluate
+from latticode.runs.evaluate import EvaluationRequest, evaluate
 
 SMALL = ["data.workers=0", "batch_size=16", "save_every=20", "picture_every=20", "log_every=20", "steps=20", "ema=0"]
 PRIOR = "prior={type: gpt, width: 16, depth: 1, heads: 2, classes: 0}"
@@ -108,11 +108,11 @@ def test_held_out_accuracy_is_logged_and_evaluated(runs_of):
     looks = {line["step"]: line["val/accuracy"] for line in logged if "val/accuracy" in line}
     assert list(looks) == [0, 20]
     assert logged[-2]["train/classification"] == pytest.approx(logged[-2]["train/head"])
-    whole = evaluate(tuned, samples=4, console=QUIET)
+    whole = evaluate(tuned, EvaluationRequest(samples=4), console=QUIET)
     assert json.loads((tuned / "evaluation.json").read_text())["accuracy"] == whole["accuracy"]
-    few = evaluate(tuned, samples=4, limit=16, console=QUIET)
+    few = evaluate(tuned, EvaluationRequest(samples=4, limit=16), console=QUIET)
     assert few["accuracy"] == pytest.approx(looks[20]), "the log is of the first 16 held-out images"
-    assert "accuracy" not in evaluate(prior, samples=4, console=QUIET)
+    assert "accuracy" not in evaluate(prior, EvaluationRequest(samples=4), console=QUIET)
 
 
 def test_the_head_resumes_with_the_prior(runs_of, tmp_path):

@@ -18,9 +18,12 @@ from helpers import QUIET, TINY, tiny_tokenizer
 from latticode import load
 from latticode.cli import options
 from latticode.core.types import Conditioning, Sampling
+from latticode.data import Preprocess
 from latticode.engine import load_config, train
 from latticode.runs import sample as draws
 from latticode.sampling import sampler
+from latticode.sampling.request import Request
+from latticode.sampling.scores import LabelScore
 from latticode.tokenizers.tokenizer import Tokenizer
 
 PRIOR = ["steps=2", "log_every=1", "batch_size=8", "prior.width=16", "prior.depth=1", "prior.heads=2"]
@@ -73,7 +76,10 @@ def photo(tmp_path) -> Path:
 
 def draw(run: Path, target: Path, count: int, **options: Any) -> list[bytes]:
     """The sample files, as bytes."""
-    draws.sample(run, target, count, console=QUIET, **options)
+    own = {name: options.pop(name) for name in ("image", "keep", "overwrite") if name in options}
+    if classifier := options.pop("classifier", None):
+        options["score"] = LabelScore(load(classifier))
+    draws.sample(run, target, Request(count=count, **options), **own, console=QUIET)
     return contents(target)
 
 
@@ -118,20 +124,20 @@ def test_decoding_several_at_once_gives_each_its_own_place(maskgit, tmp_path, mo
 
 def test_what_was_cut_off_goes_on(maskgit, tmp_path, monkeypatch) -> None:
     whole = draw(maskgit, tmp_path / "whole", 10)
-    target, drawn, real = tmp_path / "parts", [], draws.save_example
+    target, drawn, real = tmp_path / "parts", [], Preprocess.save
 
-    def failing(path: Path, *given: Any) -> Path:
+    def failing(self: Preprocess, path: Path, *given: Any) -> Path:
         if len(drawn) == 6:
             raise KeyboardInterrupt
         drawn.append(path.stem)
-        return real(path, *given)
+        return real(self, path, *given)
 
-    monkeypatch.setattr(draws, "save_example", failing)
+    monkeypatch.setattr(Preprocess, "save", failing)
     with pytest.raises(KeyboardInterrupt):
         draw(maskgit, target, 10, batch_size=4)
     assert len(json.loads((target / "samples.json").read_text())["files"]) == 6
     (target / "sample-00002.png").unlink()
-    monkeypatch.setattr(draws, "save_example", lambda path, *given: (drawn.append(path.stem), real(path, *given))[1])
+    monkeypatch.setattr(Preprocess, "save", lambda *given: (drawn.append(given[1].stem), real(*given))[1])
     assert draw(maskgit, target, 10, batch_size=4) == whole
     assert drawn[6:] == [f"sample-{i:05d}" for i in (2, 6, 7, 8, 9)]
     assert (target / "grid.png").read_bytes() == (tmp_path / "whole" / "grid.png").read_bytes()
@@ -249,7 +255,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(maskgit, classi
 
 def test_an_edit_keeps_the_pixels_of_the_user(maskgit, photo, tmp_path) -> None:
     """Stride 4, so the soft border takes the 4 pixels around the box and leaves the other columns alone."""
-    grid = draws.edit(maskgit, photo, tmp_path / "out", 3, box=(0, 0, 2, 8), labels=["2"], console=QUIET)
+    grid = draws.edit(maskgit, photo, tmp_path / "out", Request(count=3, labels=["2"]), box=(0, 0, 2, 8), console=QUIET)
     original = np.asarray(Image.open(photo)).astype(int)
     for variant in pixels(tmp_path / "out"):
         assert (variant[:, 6:] == original[:, 6:]).all()
@@ -263,10 +269,10 @@ def test_edits_of_nothing_and_of_everything(maskgit, gpt, photo, tmp_path) -> No
     Image.new("L", (8, 8)).save(black)
     for run in (maskgit, gpt):
         target = tmp_path / run.name
-        draws.edit(run, photo, target / "nothing", 2, mask=black, labels=["2"], console=QUIET)
+        draws.edit(run, photo, target / "nothing", Request(count=2, labels=["2"]), mask=black, console=QUIET)
         original = np.asarray(Image.open(photo))
         assert all((variant == original).all() for variant in pixels(target / "nothing"))
-        draws.edit(run, photo, target / "everything", 2, box=(0, 0, 8, 8), labels=["2"], console=QUIET)
+        draws.edit(run, photo, target / "everything", Request(count=2, labels=["2"]), box=(0, 0, 8, 8), console=QUIET)
         draw(run, target / "samples", 2, labels=["2"])
         pairs = zip(pixels(target / "everything"), pixels(target / "samples"), strict=True)
         assert all((a == b).all() for a, b in pairs)
@@ -275,15 +281,15 @@ def test_edits_of_nothing_and_of_everything(maskgit, gpt, photo, tmp_path) -> No
 def test_outpainting_puts_the_image_on_a_square_canvas(maskgit, tmp_path) -> None:
     small = tmp_path / "small.png"
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 6), np.uint8)).save(small)
-    draws.edit(maskgit, small, tmp_path / "out", 2, outpaint=(0, 0, 2, 0), console=QUIET)
+    draws.edit(maskgit, small, tmp_path / "out", Request(count=2), outpaint=(0, 0, 2, 0), console=QUIET)
     original = np.asarray(Image.open(small))
     for variant in pixels(tmp_path / "out"):
         assert (variant[:, :2] == original[:, :2]).all()
         assert variant.shape == (8, 8)
     with pytest.raises(ValueError, match="canvas must be square, or the run would crop it; got 10x8"):
-        draws.edit(maskgit, small, tmp_path / "x", 1, outpaint=(4, 0, 0, 0), console=QUIET)
+        draws.edit(maskgit, small, tmp_path / "x", Request(count=1), outpaint=(4, 0, 0, 0), console=QUIET)
     with pytest.raises(ValueError, match="one of mask, box and outpaint"):
-        draws.edit(maskgit, small, tmp_path / "x", 1, console=QUIET)
+        draws.edit(maskgit, small, tmp_path / "x", Request(count=1), console=QUIET)
 
 
 def test_sound_is_sampled_and_prompted_but_not_edited(tmp_path) -> None:
@@ -307,14 +313,16 @@ def test_sound_is_sampled_and_prompted_but_not_edited(tmp_path) -> None:
 def test_one_line_says_what_a_prior_cannot_use(gpt, maskgit, photo, tmp_path) -> None:
     def said(run: Path, asked: Sampling, name: str) -> str:
         out = io.StringIO()
-        draws.sample(run, tmp_path / name, 1, sampling=asked, console=Console(file=out, width=200))
+        request = Request(count=1, sampling=asked)
+        draws.sample(run, tmp_path / name, request, console=Console(file=out, width=200))
         return out.getvalue()
 
     assert "GPT has no use for steps, noise\n" in said(gpt, Sampling(steps=3, noise=1.0, top_k=3), "a")
     assert "no use" not in said(gpt, Sampling(temperature=0.5), "b")
     assert "no use" not in said(maskgit, Sampling(steps=3, noise=1.0), "c")
     out = io.StringIO()
-    draws.edit(gpt, photo, tmp_path / "edit", 1, box=(0, 0, 4, 4), console=Console(file=out, width=200))
+    console = Console(file=out, width=200)
+    draws.edit(gpt, photo, tmp_path / "edit", Request(count=1), box=(0, 0, 4, 4), console=console)
     assert "informs only the tokens behind it" in out.getvalue()
 
 

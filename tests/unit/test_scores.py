@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latticode.core.types import Conditioning
-from latticode.sampling.scores import clip_pixels, clip_score, label_score, load_clip
+from latticode.sampling.scores import LabelScore, clip_pixels, clip_score, load_clip
 
 LABELS = Conditioning(torch.tensor([0, 2, 1]))
 
@@ -21,12 +21,12 @@ def test_a_classifier_scores_by_the_probability_of_the_label():
         return images.mean((1, 2, 3))[:, None] * torch.tensor([0.0, 1.0, -1.0])
 
     images = torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
-    scores = label_score(classifier)(images, LABELS)
+    scores = LabelScore(classifier)(images, LABELS)
     p = torch.tensor([0.0, 1.0, -1.0]).softmax(0)
     torch.testing.assert_close(scores, torch.stack([p[0], p[2], p[1]]))
     for cond in (Conditioning(), Conditioning(torch.tensor([0, -1, 0]))):
         with pytest.raises(ValueError, match="a label was asked of, and there is none"):
-            label_score(classifier)(images, cond)
+            LabelScore(classifier)(images, cond)
 
 
 def test_clip_sees_the_centre_in_its_own_scale():

@@ -13,6 +13,7 @@ from latticode.core import registry
 from latticode.diagnose import diagnose
 from latticode.diagnose.semantics import drawn, picture, probes, shifted, stitched, uniform
 from latticode.quantizers import FSQ
+from latticode.runs.open import Run
 from latticode.viz.report import write_report
 
 CODES = torch.randint(12, (5, 4, 3, 2))
@@ -70,7 +71,7 @@ def test_every_probe_is_images(spec) -> None:
 @pytest.mark.slow
 def test_a_diagnosis_draws_them(tmp_path: Path) -> None:
     run = tiny_tokenizer(tmp_path / "run")
-    result = diagnose(run, limit=20, device="cpu", console=QUIET)
+    result = diagnose(Run.open(run, "cpu"), limit=20, console=QUIET)
     assert result["probes"][:2] == ["images", "reconstructions"]
     with Image.open(run / "semantics.png") as drawn_probes:
         assert drawn_probes.height == len(result["probes"]) * 86 - 6

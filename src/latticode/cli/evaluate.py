@@ -1,4 +1,4 @@
-"""Commands that score a run: evaluate, predict, probe."""
+"""Commands that score or apply a run: evaluate, predict, probe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def evaluate(
     own_size: OwnSize = False,
     tile: Tile = None,
     features: Annotated[
-        str | None, typer.Option(help="Network of FID: `inception` or the folder of a classifier run.")
+        str | None, typer.Option(help="Network of rFID and gFID: `inception` or the folder of a classifier run.")
     ] = None,
     perceptual: Annotated[
         str | None, typer.Option(help="Perceptual distance: `lpips` or the folder of a classifier run.")
@@ -46,13 +46,14 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Score a run on held-out images; writes RUN/evaluation.json, with its protocol, and RUN/report.html."""
+    from latticode.runs.evaluate import EvaluationRequest
     from latticode.runs.evaluate import evaluate as run_evaluation
+    from latticode.runs.open import Run
     from latticode.viz.report import cell, write_report
 
-    result = run_evaluation(
-        run,
-        source,
-        split.value,
+    request = EvaluationRequest(
+        source=source,
+        split=split.value,
         own_size=own_size,
         tile=tile,
         features=features,
@@ -62,9 +63,8 @@ def evaluate(
         limit=limit,
         sampling=sampling,
         seed=seed,
-        device=device,
-        console=err,
     )
+    result = run_evaluation(Run.open(run, device), request, console=err)
     table = Table("metric", "value", box=None, pad_edge=False)
     for name, value in result.items():
         if isinstance(value, int | float):
@@ -86,8 +86,8 @@ def predict(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="At once; changes no prediction.")] = 8,
     device: Device = "auto",
 ) -> None:
-    """Solve a dense task (depth, segments, colours) for pictures: of each a PNG to look at and a .npy of the numbers,
-    both at the picture's own size.
+    """Solve a dense task (depth, panoptic segmentation, colorization) for pictures: of each a PNG to look at and a .npy
+    of the numbers, both at the picture's own size.
 
     RUN is of stage II, whose prior writes the code: the likeliest, unless a sampling option is set. With a run of stage
     I there is no code, and predictions are the floor of what the base model can do.
@@ -95,18 +95,11 @@ def predict(
     Example: latticode predict runs/uvim-depth-small-guide photo.jpg predicted
     """
     from latticode.core.progress import tell_skipped
+    from latticode.runs.open import Run
     from latticode.runs.predict import predict as run_prediction
 
-    result = run_prediction(
-        run,
-        image,
-        target,
-        sampling=sampling,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        console=err,
-    )
+    opened, options = Run.open(run, device), {"sampling": sampling, "seed": seed, "batch_size": batch_size}
+    result = run_prediction(opened, image, target, **options, console=err)
     tell_skipped(err, result.skipped)
     out.print(f"{len(result.files)} predictions in {target}, {result.way}")
 
@@ -121,14 +114,16 @@ def probe(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Device = "auto",
 ) -> None:
-    """Fit a linear classifier to every layer of a trained prior; writes RUN/probe.json, probe.svg and report.html.
+    """Linear probing: fit a linear classifier to every layer of a trained prior.
 
-    The best layer is chosen on held-out training images; all are reported.
+    Writes RUN/probe.json, probe.svg and report.html. The layer is chosen on held-out training images; all are
+    reported.
     """
+    from latticode.runs.open import Run
     from latticode.runs.probe import probe as run_probe
     from latticode.viz.report import write_report
 
-    result = run_probe(run, source, limit=limit, seed=seed, batch_size=batch_size, device=device, console=err)
+    result = run_probe(Run.open(run, device), source, limit=limit, seed=seed, batch_size=batch_size, console=err)
     table = Table("layer", "test", "held out", box=None, pad_edge=False)
     for layer in result["layers"]:
         table.add_row(str(layer["layer"]), f"{layer['accuracy']:.2%}", f"{layer['held_out']:.2%}")

@@ -1,4 +1,4 @@
-"""Commands that draw from a prior: sample, edit."""
+"""Commands that sample from a prior: sample, edit."""
 
 from __future__ import annotations
 
@@ -7,47 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from latticode.cli.options import (
-    Clip,
-    Device,
-    DrawnAtOnce,
-    Judge,
-    KeepBest,
-    Labels,
-    Overwrite,
-    RunFolder,
-    Seed,
-    TextFile,
-    Texts,
-    err,
-    out,
-    takes_sampling,
-)
-from latticode.core.types import Sampling
+from latticode.cli.options import Device, Overwrite, RunFolder, err, out, takes_request
 
 
-@takes_sampling
+@takes_request
 def sample(
     run: RunFolder,
     *,
     count: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
-    label: Labels = None,
-    text: Texts = None,
-    texts: TextFile = None,
     image: Annotated[
         Path | None, typer.Option(help="Prompt: an image (or what else the run generates) whose beginning is kept.")
     ] = None,
     keep: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Of --image: the fraction of the grid's rows, from the top.")
     ] = 0.5,
-    sampling: Sampling,
-    classifier: Judge = None,
-    clip: Clip = None,
-    keep_best: KeepBest = 1.0,
-    seed: Seed = 0,
+    request: Any,
     target: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default RUN/samples.")] = None,
     overwrite: Overwrite = False,
-    batch_size: DrawnAtOnce = 64,
     device: Device = "auto",
 ) -> None:
     """Draw samples from a trained prior: a file each, a grid, and samples.json, with the settings in all of them.
@@ -58,31 +34,16 @@ def sample(
     Examples: latticode sample runs/prior --label 3 --guidance 2 --out threes
     or: latticode sample runs/prior --image photo.png --keep 0.5 --count 16 --out completed
     """
+    from latticode.runs.open import Run
     from latticode.runs.sample import sample as run_sampling
 
-    target = target or run / "samples"
-    grid = run_sampling(
-        run,
-        target,
-        count,
-        labels=label or (),
-        texts=_texts(text, texts),
-        image=image,
-        keep=keep,
-        sampling=sampling,
-        classifier=classifier,
-        score=_clip(clip, device),
-        keep_best=keep_best,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        overwrite=overwrite,
-        console=err,
-    )
+    target, opened = target or run / "samples", Run.open(run, device)
+    asked = request(count, opened.device)
+    grid = run_sampling(opened, target, asked, image=image, keep=keep, overwrite=overwrite, console=err)
     out.print(f"{count} samples in {target}, together in {grid}")
 
 
-@takes_sampling
+@takes_request
 def edit(
     run: RunFolder,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="It is brought to the run's size.")],
@@ -94,16 +55,8 @@ def edit(
         str | None, typer.Option(metavar="LEFT,TOP,RIGHT,BOTTOM", help="Draw so many pixels around the image.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many variants.")] = 4,
-    label: Labels = None,
-    text: Texts = None,
-    texts: TextFile = None,
-    sampling: Sampling,
-    classifier: Judge = None,
-    clip: Clip = None,
-    keep_best: KeepBest = 1.0,
-    seed: Seed = 0,
+    request: Any,
     overwrite: Overwrite = False,
-    batch_size: DrawnAtOnce = 64,
     device: Device = "auto",
 ) -> None:
     """Draw a part of an image anew (inpainting, another class in its place) or add to its sides (outpainting).
@@ -112,34 +65,22 @@ def edit(
 
     Example: latticode edit runs/prior shirt.png edited --box 8,8,16,16 --label 3
     """
+    from latticode.runs.open import Run
     from latticode.runs.sample import edit as run_edit
 
+    opened = Run.open(run, device)
     grid = run_edit(
-        run,
+        opened,
         image,
         target,
-        count,
+        request(count, opened.device),
         mask=mask,
         box=_four("--box", box),
         outpaint=_four("--outpaint", outpaint),
-        labels=label or (),
-        texts=_texts(text, texts),
-        sampling=sampling,
-        classifier=classifier,
-        score=_clip(clip, device),
-        keep_best=keep_best,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
         overwrite=overwrite,
         console=err,
     )
     out.print(f"{count} variants in {target}, together with the image in {grid}")
-
-
-def _texts(given: list[str] | None, file: Path | None) -> list[str]:
-    lines = file.read_text(encoding="utf-8").splitlines() if file else []
-    return [*(given or ()), *(line.strip() for line in lines if line.strip())]
 
 
 def _four(option: str, given: str | None) -> list[int] | None:
@@ -150,12 +91,3 @@ def _four(option: str, given: str | None) -> list[int] | None:
     except ValueError:
         raise ValueError(f"{option} needs four integers with commas between, got {given!r}") from None
     return [a, b, c, d]
-
-
-def _clip(name: str | None, device: str) -> Any:
-    if name is None:
-        return None
-    from latticode.runs.open import pick_device
-    from latticode.sampling.scores import load_clip
-
-    return load_clip(name, pick_device(device))

@@ -1,4 +1,4 @@
-"""Verbs for choosing a codebook: study, compare, diagnose, levels."""
+"""Commands for choosing a codebook: study, compare, diagnose, levels."""
 
 from __future__ import annotations
 
@@ -102,12 +102,16 @@ def diagnose(
     limit: Annotated[int | None, typer.Option(min=1, help="The first N examples only.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Say what is wrong with a run's codes and what to change; writes RUN/diagnosis.json and RUN/report.html."""
+    """Find dead codes, codebook collapse and channels that saturate or repeat each other, and say what to change.
+
+    Writes RUN/diagnosis.json and RUN/report.html.
+    """
     from latticode.diagnose import diagnose as run_diagnosis
     from latticode.diagnose import show
+    from latticode.runs.open import Run
     from latticode.viz.report import write_report
 
-    out.print(show(run_diagnosis(run, source, split.value, limit=limit, device=device, console=err)))
+    out.print(show(run_diagnosis(Run.open(run, device), source, split.value, limit=limit, console=err)))
     out.print(f"{write_report(run)}")
 
 

@@ -1,4 +1,4 @@
-"""Commands that turn files into tokens and tokens into files: encode, decode."""
+"""Commands that turn files into a token dataset and back: encode, decode."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def encode(
 ) -> None:
     """Turn images, recordings or clips into a token dataset that remembers its tokenizer."""
     from latticode.core.progress import tell_skipped
-    from latticode.runs.open import open_tokenizer, open_whole
+    from latticode.runs.open import Run
     from latticode.tokenizers.dataset import encode as encode_dataset
 
-    config, tokenizer = open_tokenizer(run, device)
-    loader = open_whole(config, source, split.value, own_size=own_size, batch_size=batch_size)
+    opened = Run.open(run, device)
+    tokenizer, loader = opened.tokenizer, opened.whole(source, split.value, own_size=own_size, batch_size=batch_size)
     dataset = encode_dataset(tokenizer, loader, target, tile=tile, console=err, resume=resume)
     tell_skipped(err, dataset.manifest["skipped"])
     out.print(f"{len(dataset)} {loader.preprocess.medium.noun}s in {target}, {tokenizer.bits:.2f} bits per position")
@@ -55,16 +55,15 @@ def decode(
     """Turn a token dataset back into images, wav files or animated WebP files, named as they were."""
     from latticode.core.progress import progress
     from latticode.data import TokenDataset
-    from latticode.data.writing import save_example
-    from latticode.runs.open import open_tokenizer
+    from latticode.runs.open import Run
     from latticode.tokenizers.dataset import decode as decode_dataset
 
-    config, tokenizer = open_tokenizer(run, device)
-    preprocess = config.data.preprocess()
+    opened = Run.open(run, device)
+    tokenizer, preprocess = opened.tokenizer, opened.config.data.preprocess()
     dataset = TokenDataset(source, expect_hash=tokenizer.fingerprint())
     with progress(err, "decode", len(dataset)) as advance:
         for positions, images in decode_dataset(tokenizer, dataset, tile=tile):
             for position, image in zip(positions, images, strict=True):
-                save_example(target / f"{position:06d}-{Path(dataset.name(position)).stem}", image, preprocess)
+                preprocess.save(target / f"{position:06d}-{Path(dataset.name(position)).stem}", image)
             advance(positions[-1] + 1)
     out.print(f"{len(dataset)} {preprocess.medium.noun}s in {target}")

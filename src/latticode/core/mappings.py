@@ -13,10 +13,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Container[
     return "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys[:5])
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings under dotted keys."""
+def flat(value: Mapping[str, Any], joint: str = ".") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings under their keys, with `joint` between them; an empty mapping has none."""
     for key, inner in value.items():
-        if isinstance(inner, dict):
-            yield from flat(inner, f"{prefix}{key}.")
+        if isinstance(inner, Mapping):
+            yield from ((f"{key}{joint}{rest}", leaf) for rest, leaf in flat(inner, joint))
         else:
-            yield f"{prefix}{key}", inner
+            yield key, inner

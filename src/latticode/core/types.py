@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -121,3 +122,58 @@ class Sampling:
     revise_steps: int = 2  # parts of a revision
     top_k: int = 0  # keep the k likeliest tokens; 0 = all
     top_p: float = 1.0  # keep the likeliest tokens of this total probability
+
+
+@runtime_checkable
+class Coder(Protocol):
+    """What turns examples into codes that a prior may be trained over: a tokenizer, or the oracle of a dense task
+    (`latticode.dense.uvim`).
+
+    Examples:
+        >>> from latticode.tokenizers.palette import Palette
+        >>> coder = Palette(16, channels=1)
+        >>> isinstance(coder, Coder), coder.guides, coder.vocab, coder.grid((8, 8))
+        (True, False, (16,), (8, 8))
+    """
+
+    guides: bool  # True: its codes say nothing by themselves, but guide what a model makes of an image
+
+    @property
+    def channels(self) -> int:
+        """Of the examples."""
+        ...
+
+    @property
+    def vocab(self) -> tuple[int, ...]:
+        """The number of codes of each of the K code slots of a position."""
+        ...
+
+    @property
+    def radix(self) -> tuple[int, ...] | None:
+        """Sizes of the digits of every code, if it has such."""
+        ...
+
+    @property
+    def bits(self) -> float:
+        """Bits per position at a uniform distribution of codes."""
+        ...
+
+    def grid(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The grid of the codes of examples of `size`."""
+        ...
+
+    def encode(self, inputs: Tensor, /) -> Tensor:
+        """Codes (B, *grid, K) int64 of examples (B, C, *size)."""
+        ...
+
+    def image(self, inputs: Tensor, /) -> Tensor | None:
+        """(B, 3, H, W) in [-1, 1]: what of examples a prior of the codes sees; None where it sees nothing."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 over spec and weights."""
+        ...
+
+    def save_pretrained(self, folder: str | Path, /) -> Path:
+        """Write the model to a folder."""
+        ...

@@ -1,16 +1,18 @@
-"""From an encoded clip to the frames a network sees, and back to an animation."""
+"""Preprocessing of clips: animations and frames decoded, sampled in time and cropped; animated WebP files written."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from latticode.core.files import replacing
+from latticode.core.values import to_uint8
 from latticode.data.media import VIDEO, ContentError, Preparation, window
 from latticode.data.records import Record
 from latticode.data.transforms import MAX_PIXELS, ImageError, Preprocess, decode_image
@@ -76,6 +78,14 @@ class VideoPreprocess(Preparation):
     Every frame is treated like an image (`size`, `channels`, `resize`, `crop`: 'center' or 'squash'). `frames` is the
     training window, taken at random; a clip with fewer repeats its last frame. With `frames` None a clip keeps its
     own. `flip` mirrors a whole clip. At `fps` animations are sampled and written; other sources do not say theirs.
+
+    Raises ValueError for settings that are unknown or out of range.
+
+    Examples:
+        >>> preprocess = VideoPreprocess(size=8, frames=4)
+        >>> strip = Record(np.zeros((8, 48, 3), np.uint8), -1, "strip", frames=6)  # six frames side by side
+        >>> preprocess.arrange(preprocess.load(strip)).shape
+        (3, 4, 8, 8)
     """
 
     medium = VIDEO
@@ -125,6 +135,15 @@ class VideoPreprocess(Preparation):
 
     def weight(self, loaded: np.ndarray) -> int:
         return loaded.nbytes
+
+    def seconds(self, inputs: Tensor) -> float:
+        return inputs.shape[0] * inputs.shape[2] / self.fps
+
+    def save(self, path: Path, values: Tensor, about: Mapping[str, Any] | None = None) -> Path:
+        """A lossless animated WebP file."""
+        path = path.with_name(f"{path.name}.webp")
+        save_animation(path, to_uint8(values).cpu().numpy(), self.fps)
+        return path
 
     def whole(self) -> VideoPreprocess:
         return VideoPreprocess(self.size, None, self.channels, self.resize, self.crop, fps=self.fps)

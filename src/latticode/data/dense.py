@@ -148,6 +148,10 @@ class DensePreprocess(Preparation):
     def weight(self, loaded: tuple[Image.Image, ...]) -> int:
         return sum(4 * one.width * one.height for one in loaded)  # PIL pads RGB
 
+    def pictures(self) -> DensePreprocess:
+        """For photographs without label maps, all of which is seen."""
+        return replace(self.whole(), maps=(), largest=(), crop="squash")
+
     def whole(self) -> DensePreprocess:
         return self.still()
 

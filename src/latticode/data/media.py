@@ -1,13 +1,17 @@
-"""The kinds of data, and what turning a record of any of them into an example of a batch means."""
+"""Kinds of data (`Medium`) and the contract of preprocessing (`Preparation`): records to arrays, examples to files."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+from torch import Tensor
+
+from latticode.core.values import to_uint8
 
 if TYPE_CHECKING:
     from latticode.data.records import Record
@@ -85,6 +89,10 @@ class Preparation(ABC):
         """Without mirroring."""
         return replace(self, flip=False) if self.flip else self  # type: ignore[type-var]
 
+    def shown(self) -> Self:
+        """For one example that a user shows: nothing is mirrored, and all of a picture is brought to the size."""
+        return self.still()
+
     @abstractmethod
     def whole(self) -> Self:
         """For evaluation and tokens: no window in time, nothing mirrored; the size in pixels stays."""
@@ -92,6 +100,21 @@ class Preparation(ABC):
     @abstractmethod
     def own_size(self) -> Self:
         """As `whole`, and every picture as large as it is."""
+
+    def seconds(self, inputs: Tensor) -> float:
+        """How long the examples of a batch (B, C, T, ...) last together; 0 for what has no time."""
+        return 0.0
+
+    def save(self, path: Path, values: Tensor, about: Mapping[str, Any] | None = None) -> Path:
+        """Write one example, `values` (C, *size) in [-1, 1], as `path` with the ending of its kind; returns the file.
+
+        Here that is a PNG with `about` in its metadata; wav and WebP files have none.
+        """
+        from latticode.data.writing import save_png, to_picture
+
+        path = path.with_name(f"{path.name}.png")
+        save_png(path, to_picture(to_uint8(values).cpu().numpy().transpose(1, 2, 0)), about)
+        return path
 
     def record(self) -> dict[str, Any]:
         """A description that goes into run and token files; `from_record` reads it. Images, the first, have no kind."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,12 @@ class Source(ABC):
     def name_of(self, i: int) -> str:
         """The name of record `i`, without reading its content."""
 
+    def captions(self) -> Iterator[str]:
+        """All captions of all records. Files are read for them but not decoded; those that cannot be read have none."""
+        for i in range(len(self)):
+            with suppress(OSError):
+                yield from self[i].texts
+
 
 class StreamSource(Source):
     """A source that can only be read from its start: no length, no random access.
@@ -87,6 +94,10 @@ class StreamSource(Source):
     @abstractmethod
     def records(self) -> Iterator[tuple[int, Record]]:
         """(position in the source, record) from the start, always in the same order."""
+
+    def captions(self) -> Iterator[str]:
+        for _, record in self.records():
+            yield from record.texts
 
     def __len__(self) -> int:
         raise TypeError(f"{self.name} is streamed and has no length")

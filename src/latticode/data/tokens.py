@@ -5,9 +5,9 @@ from __future__ import annotations
 import bisect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -303,6 +303,10 @@ class TokenDataset:
             return ()
         places = [(self._shard(int(i)), int(i)) for i in (range(len(self)) if indices is None else indices)]
         return tuple(self._texts(shard)[i - self._starts[shard]] for shard, i in places)
+
+    def captions(self) -> Iterator[str]:
+        """All captions of all records."""
+        return chain.from_iterable(self.texts())
 
     def name(self, i: int) -> str:
         """The name of record `i` in its source."""

@@ -1,4 +1,4 @@
-"""From an encoded image to the pixels a network sees, and back. One definition, recorded in runs and token files."""
+"""Preprocessing of images: decoding, colour, resizing, cropping, mirroring. It is recorded in runs and token files."""
 
 from __future__ import annotations
 
@@ -147,6 +147,13 @@ class Preprocess(Preparation):
     image as it is (first enlarged so that its short side is `size` if it is smaller); 'squash' resizes without regard
     to the aspect. Cropping at random and flipping happen in training only: without a generator the window of 'random'
     is the centred one and nothing is flipped. With `size` None the image keeps its own size.
+
+    Raises ValueError for settings that are unknown or out of range.
+
+    Examples:
+        >>> preprocess = Preprocess(size=8, channels=1)
+        >>> preprocess(np.zeros((20, 30, 3), np.uint8)).shape
+        (1, 8, 8)
     """
 
     medium = IMAGE
@@ -221,6 +228,10 @@ class Preprocess(Preparation):
 
     def weight(self, loaded: Image.Image) -> int:
         return loaded.width * loaded.height * (1 if loaded.mode == "L" else 4)  # PIL pads RGB
+
+    def shown(self) -> Preprocess:
+        """A run that was trained on windows of large images sees all of one."""
+        return replace(self, crop="center" if self.crop == "random" else self.crop, flip=False)
 
     def whole(self) -> Preprocess:
         return self.still()

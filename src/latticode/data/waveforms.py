@@ -1,4 +1,4 @@
-"""From an encoded recording to the waveform a network sees, and back to a wav file."""
+"""Preprocessing of recordings: decoding (wav here, others by soundfile), resampling, windows; and wav files written."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import io
 import math
 import struct
 import wave
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latticode.core.files import replacing
 from latticode.core.values import to_int16
@@ -125,6 +128,16 @@ class AudioPreprocess(Preparation):
     low-pass filter (scipy's resample_poly, Kaiser window of 5). `length` is the training window in samples, taken at
     random; what is shorter is followed by silence, which counts in the loss like any other: a network has to reproduce
     the silence after a word too. With `length` None a recording keeps its own.
+
+    Raises ValueError for a rate or length < 1 and other channels.
+
+    Examples:
+        >>> preprocess = AudioPreprocess(rate=8000, length=1000)
+        >>> second = Record(encode_wav(np.zeros((2, 16000), np.float32), 16000), -1, "stereo.wav")
+        >>> preprocess.arrange(preprocess.load(second)).shape
+        (1, 1000)
+        >>> preprocess.whole().load(second).shape
+        (1, 8000)
     """
 
     medium = AUDIO
@@ -175,6 +188,15 @@ class AudioPreprocess(Preparation):
 
     def weight(self, loaded: np.ndarray) -> int:
         return loaded.nbytes
+
+    def seconds(self, inputs: Tensor) -> float:
+        return inputs.shape[0] * inputs.shape[2] / self.rate
+
+    def save(self, path: Path, values: Tensor, about: Mapping[str, Any] | None = None) -> Path:
+        """A 16-bit wav file."""
+        path = path.with_name(f"{path.name}.wav")
+        save_wav(path, values.float().cpu().numpy(), self.rate)
+        return path
 
     def whole(self) -> AudioPreprocess:
         return AudioPreprocess(self.rate, None, self.channels)

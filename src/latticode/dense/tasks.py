@@ -110,6 +110,23 @@ class Depth(PixelClasses):
 
     The label map holds integers, `scale` of them to the metre (millimetres: 1000), 0 = not measured. What falls into
     the first bin is ignored, as missing depth lies there; what is farther than `high` is in the last.
+
+    Args:
+        scale: numbers of the label map to the metre.
+        bins: >= 2.
+        low, high: metres, 0 <= low < high.
+
+    Raises:
+        ValueError: for arguments outside the above.
+
+    Examples:
+        >>> task = Depth(scale=1000.0, bins=4, high=8.0)
+        >>> scene = torch.zeros(1, 4, 1, 3, dtype=torch.int32)  # RGB and millimetres
+        >>> scene[0, 3] = torch.tensor([[0, 3000, 9000]])
+        >>> task.targets(scene).flatten()  # nothing measured, 2 .. 4 m, the last bin
+        tensor([-1,  1,  3])
+        >>> task.predict(task.label(scene), task.image(scene)).flatten()[1:]
+        tensor([3.0006, 7.0001])
     """
 
     maps, terms = 1, ("depth",)
@@ -165,6 +182,20 @@ class Panoptic(PixelClasses):
         things: which of them have instances, by name or number.
         instances: the most that a picture may have.
         void: the number that stands for no class, if there is one; such pixels are ignored.
+
+    Raises:
+        ValueError: for categories of one name, things that are none of them, instances < 1, and a void that is one.
+
+    Examples:
+        >>> task = Panoptic(["sky", "bird"], things=["bird"], instances=4, void=255)
+        >>> scene = torch.zeros(1, 5, 1, 4, dtype=torch.int32)  # RGB, classes, instances
+        >>> scene[0, 3] = torch.tensor([[0, 1, 1, 255]])
+        >>> scene[0, 4] = torch.tensor([[0, 7, 3, 0]])
+        >>> semantic, instance = task.targets(scene).unbind(1)
+        >>> semantic.flatten(), instance.flatten()
+        (tensor([ 0,  1,  1, -1]), tensor([-1,  0,  1, -1]))
+        >>> task.predict(task.label(scene), task.image(scene))[0, 1, 0, :3]  # instances from 1, 0 = none
+        tensor([0, 1, 2])
     """
 
     maps, terms = 2, ("semantic", "instance")
@@ -241,7 +272,16 @@ class Panoptic(PixelClasses):
 
 
 class Colorization(Task):
-    """Colorization of a grey photograph. The label is the photograph itself, so examples have no label maps."""
+    """Colorization of a grey photograph. The label is the photograph itself, so examples have no label maps.
+
+    Examples:
+        >>> task = Colorization()
+        >>> red = torch.tensor([255, 0, 0], dtype=torch.int32).view(1, 3, 1, 1)
+        >>> ((task.image(red) + 1) * 127.5).flatten()  # the grey that a prediction sees
+        tensor([76., 76., 76.])
+        >>> task.label(red).flatten()
+        tensor([ 1., -1., -1.])
+    """
 
     maps, classes, channels = 0, (), 3
 

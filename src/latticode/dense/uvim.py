@@ -50,7 +50,22 @@ class UViM(Pretrained):
         oracle_context, base_context: whether the oracle and the base model see the image.
         dropout: of codes, in training (`passing`): "random", "prefix" (the first codes are kept, so that the code tells
             what matters most first), "none"; or "all", at any time: the base model has to do without an oracle.
+
+    Examples:
+        >>> from latticode import FSQ
+        >>> from latticode.dense.tasks import Depth
+        >>> seeded = torch.manual_seed(0)
+        >>> small = {"code": (2, 2), "patch": 8, "side": 2, "width": 16, "heads": 2, "oracle_depth": 1, "base_depth": 1}
+        >>> model = UViM(Depth(scale=1000.0, bins=8), FSQ([4, 3]), **small).eval()
+        >>> scenes = torch.randint(0, 256, (1, 4, 16, 16), dtype=torch.int32)  # RGB and millimetres
+        >>> codes = model.encode(scenes)  # by the oracle, which sees the millimetres
+        >>> codes.shape
+        torch.Size([1, 2, 2, 1])
+        >>> model.solve(model.image(scenes), codes).shape  # logits of 8 bins, by RGB and codes alone
+        torch.Size([1, 8, 16, 16])
     """
+
+    guides = True  # its codes can only be used beside an image (`latticode.core.types.Coder`)
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
-"""A run folder diagnosed, and levels recommended by what its tokenizer does."""
+"""Diagnose a run folder (diagnosis.json and its charts), and recommend FSQ levels by the latents of its tokenizer."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -13,28 +12,27 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from latticode.core.files import replacing, write_text
+from latticode.core.files import replacing, write_json
 from latticode.core.progress import watched
-from latticode.data import Loader, Preprocess
-from latticode.diagnose.evidence import GAIN, Evidence, Part, better_bound, gather, measure
+from latticode.data import IMAGE, Loader
+from latticode.diagnose.bounds import GAIN, better_bound
+from latticode.diagnose.evidence import Evidence, gather, measure
 from latticode.diagnose.findings import Finding, findings, notes
+from latticode.diagnose.parts import Part
 from latticode.diagnose.semantics import POOL, write_probes
-from latticode.engine import RunConfig
 from latticode.quantizers.levels import recommend
-from latticode.runs.open import open_tokenizer, open_whole
-from latticode.tokenizers.tokenizer import Tokenizer
+from latticode.runs.open import Run
 from latticode.viz import figures
 
 DIAGNOSIS, PROBES = "diagnosis.json", "semantics.png"
 
 
 def diagnose(
-    run: Path,
+    run: Run | Path | str,
     source: str | None = None,
     split: str = "test",
     *,
     limit: int | None = None,
-    device: str = "auto",
     console: Console,
 ) -> dict[str, Any]:
     """Say what is wrong with the codes of `run` on `split` of `source` (default: its own data).
@@ -43,10 +41,11 @@ def diagnose(
     protocol, and writes them to diagnosis.json with diagnosis.svg and semantics.png beside it. Raises ValueError for
     runs without a tokenizer and for data that give no valid token.
     """
-    config, tokenizer, loader, evidence = observe(run, source, split, limit=limit, device=device, console=console)
+    run = Run.open(run)
+    loader, evidence = observe(run, source, split, limit=limit, console=console)
     parts = list(evidence.parts.values())
     if not any(part.codes.positions for part in parts):
-        raise ValueError(f"no valid codes in {evidence.tokens} tokens of {run}: the latents are not finite")
+        raise ValueError(f"no valid codes in {evidence.tokens} tokens of {run.folder}: the latents are not finite")
     measured = [measure(part) for part in parts]
     found = [f for part, numbers in zip(parts, measured, strict=True) for f in findings(part, numbers)]
     if evidence.invalid:
@@ -54,39 +53,38 @@ def diagnose(
         text = f"{evidence.invalid} of {evidence.tokens} tokens are not finite"
         found.insert(0, Finding("invalid", "", [], share, 0.0, text, ["optimizer.clip=1.0"]))
     rows: list[str] = []
-    if isinstance(tokenizer, Tokenizer) and isinstance(loader.preprocess, Preprocess) and loader.preprocess.shape:
-        rows = write_probes(tokenizer, loader, run / PROBES, min(limit or POOL, POOL))
+    if not run.coder.guides and loader.preprocess.medium is IMAGE and loader.preprocess.shape:
+        rows = write_probes(run.tokenizer, loader, run.folder / PROBES, min(limit or POOL, POOL))
     result = {
         "findings": [asdict(finding) for finding in found],
         "notes": [note for numbers in measured for note in notes(numbers)],
         "parts": measured,
         "probes": rows,
         "protocol": {
-            "source": source or config.data.source,
+            "source": source or run.config.data.source,
             "split": split,
             "limit": limit,
             "tokens": evidence.tokens,
             "latents": f"of {evidence.share:.2%} of the tokens, drawn by a fixed seed; codes of all",
-            "preprocessing": config.data.preprocess().record(),
-            "ema": config.ema,
+            "preprocessing": run.config.data.preprocess().record(),
+            "ema": run.config.ema,
             "run": run.name,
         },
     }
-    write_text(run / DIAGNOSIS, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    with replacing((run / DIAGNOSIS).with_suffix(".svg")) as temporary:
+    write_json(run.folder / DIAGNOSIS, result)
+    with replacing((run.folder / DIAGNOSIS).with_suffix(".svg")) as temporary:
         temporary.write_bytes(figures.svg(figures.code_panels(_panels(parts, measured))))
     return result
 
 
 def recommended(
-    run: Path,
+    run: Run | Path | str,
     source: str | None = None,
     split: str = "test",
     *,
     size: int | None = None,
     bits: float | None = None,
     limit: int | None = None,
-    device: str = "auto",
     console: Console,
 ) -> dict[str, Any]:
     """Levels and bound for `size` or `bits` (default: as many codes as now) by the latents of `run`, an FSQ's.
@@ -95,10 +93,13 @@ def recommended(
     the recommended ones if the run has as many channels, else the run's own; idle, the channels that are dead or repeat
     another; evidence, a sentence. Raises ValueError for a run with more or other quantizers than one FSQ.
     """
-    config, _, _, found = observe(run, source, split, limit=limit, device=device, console=console)
+    run = Run.open(run)
+    _, found = observe(run, source, split, limit=limit, console=console)
     kinds = [type(part.quantizer).__name__ for part in found.parts.values()]
     if kinds != ["FSQ"]:
-        raise ValueError(f"levels are recommended by the latents of one FSQ; {run} has {', '.join(kinds) or 'none'}")
+        raise ValueError(
+            f"levels are recommended by the latents of one FSQ; {run.folder} has {', '.join(kinds) or 'none'}"
+        )
     (part,) = found.parts.values()
     one: Any = part.quantizer
     own = math.prod(one.levels)
@@ -117,7 +118,7 @@ def recommended(
         "measured": measured,
         "rows": rows,
         "idle": idle,
-        "evidence": f"{len(latents):,} latents of {run.name} on {split} of {source or config.data.source}, trained "
+        "evidence": f"{len(latents):,} latents of {run.name} on {split} of {source or run.config.data.source}, trained "
         f"with levels {one.levels} under the {one.bound} bound of slope {one.slope:g}. Another bound is named where it "
         f"spends more than {GAIN:g} bits more. Entropy and usage say how evenly codes are spent, not how well they "
         "reconstruct, and latents move when they are trained under another bound.",
@@ -125,13 +126,12 @@ def recommended(
 
 
 def observe(
-    run: Path, source: str | None, split: str, *, limit: int | None, device: str, console: Console
-) -> tuple[RunConfig, Any, Loader, Evidence]:
-    """Config and tokenizer of `run`, `split` of `source` (default: its own data), what its quantizers make of it."""
-    config, tokenizer = open_tokenizer(run, device)
-    loader = open_whole(config, source or config.data.source, split)
+    run: Run, source: str | None, split: str, *, limit: int | None, console: Console
+) -> tuple[Loader, Evidence]:
+    """`split` of `source` (default: the run's own data), and what the run's quantizers make of it."""
+    loader = run.whole(source, split)
     with watched(console, f"diagnose {run.name}") as watch:
-        return config, tokenizer, loader, gather(tokenizer, loader, limit, watch)
+        return loader, gather(run.coder, loader, limit, watch)
 
 
 def _panels(parts: list[Part], measured: list[dict[str, Any]]) -> list[tuple[str, list[int], bool]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latticode.core.modules import device_of, evaluating
 from latticode.core.values import to_uint8
-from latticode.data import Loader, Preprocess
+from latticode.data import IMAGE, Loader
 from latticode.data.passes import Report, batches_of
 from latticode.data.writing import save_png
 from latticode.quantizers import FSQ
@@ -97,7 +97,7 @@ def write_probes(tokenizer: Tokenizer, loader: Loader, path: Path, limit: int = 
 
     The marginal is that of the first `limit` images. Raises ValueError for what is not images of one size.
     """
-    if not isinstance(loader.preprocess, Preprocess) or not loader.preprocess.shape:
+    if loader.preprocess.medium is not IMAGE or not loader.preprocess.shape:
         raise ValueError(f"the probes need images of one size, got {loader.preprocess.medium.noun}s")
     with evaluating(tokenizer):
         inputs = [batch.inputs.to(device_of(tokenizer)) for batch in batches_of(loader, limit, Report(None, 0))]

@@ -1,11 +1,9 @@
-"""What the loop eats: examples for a tokenizer or classifier, codes for a prior, with their held-out part."""
+"""Training data of a run: examples for a tokenizer or classifier, codes for a prior, and the held-out part of both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,13 @@ from rich.console import Console
 
 from latticode.core import distributed
 from latticode.core.pretrained import Pretrained
-from latticode.core.types import Batch, CodeBatch
-from latticode.data import Loader, Source, StreamSource, TokenDataset, TokenLoader, open_source
+from latticode.core.types import Batch, CodeBatch, Coder
+from latticode.data import Loader, TokenDataset, TokenLoader, open_source
 from latticode.data.records import TEXT_COLUMNS
-from latticode.dense.uvim import UViM
 from latticode.engine.config import ConfigError, RunConfig
 from latticode.engine.given import GivenLoader
 from latticode.priors.text import BPE
 from latticode.tokenizers.dataset import encode
-from latticode.tokenizers.tokenizer import Tokenizer
 
 CAPTIONS = 1_000_000  # that a vocabulary is learned from at the most
 
@@ -39,7 +35,7 @@ class Feed:
     vocab: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
     radix: tuple[int, ...] | None = None
-    tokenizer: Any = None  # of a prior
+    tokenizer: Any = None  # of a prior: a `Coder`, and mostly a `Tokenizer`
     texts: Callable[[], Iterator[str]] = lambda: iter(())  # all captions of a prior's training images
 
 
@@ -65,7 +61,7 @@ def open_feed(
         return Feed(loader.batches, held_out, loader.skipped, classes)
 
     tokenizer = Pretrained.from_pretrained(str(config.tokenizer)).to(device)
-    if not isinstance(tokenizer, Tokenizer | UViM):
+    if not isinstance(tokenizer, Coder):
         raise ConfigError(f"{config.tokenizer} holds a {type(tokenizer).__name__}, not a Tokenizer")
     if tokenizer.channels != data.channels:
         raise ConfigError(f"the tokenizer takes {tokenizer.channels} channels, data.channels is {data.channels}")
@@ -79,12 +75,11 @@ def open_feed(
     soft = config.spec.get("soft_labels", 0.0)
     if isinstance(soft, Mapping):
         raise ConfigError("prior.soft_labels cannot be a ramp: codes are drawn at one temperature")
-    guiding = isinstance(tokenizer, UViM)  # its codes are of use beside their images only
-    if soft and guiding:
+    if soft and tokenizer.guides:
         raise ConfigError("prior.soft_labels needs a tokenizer that draws its codes, and uvim does not")
-    if given or preprocess.flip or preprocess.windowed or soft or guiding:
+    if given or preprocess.flip or preprocess.windowed or soft or tokenizer.guides:  # codes that guide come with images
         batches, skipped = _encoding(loader, tokenizer, device, soft), loader.skipped
-        texts = partial(_texts, loader.source)
+        texts = loader.source.captions
     else:
         if distributed.rank() == 0:
             plain = open_loader(config, data.split, batch_size=config.batch_size)
@@ -94,7 +89,7 @@ def open_feed(
             torch.distributed.barrier()
         tokens = TokenDataset(folder / "tokens", expect_hash=tokenizer.fingerprint())
         batches, skipped = TokenLoader(tokens, config.batch_size, **stream).batches, tokens.manifest["skipped"]
-        texts = partial(_texts, tokens)
+        texts = tokens.captions
     return Feed(batches, held_out, skipped, classes, tokenizer.vocab, grid, tokenizer.radix, tokenizer, texts)
 
 
@@ -123,23 +118,10 @@ def _encoding(
             inputs = batch.inputs.to(device)
             with torch.no_grad():  # not inference_mode, whose tensors no loss may keep for its backward pass
                 codes, p = tokenizer.soften(inputs, soft) if soft else (tokenizer.encode(inputs), None)
-                images = tokenizer.image(inputs) if isinstance(tokenizer, UViM) else None
+                images = tokenizer.image(inputs)
             yield CodeBatch(codes, batch.labels, batch.texts, p, images)
 
     return batches
-
-
-def _texts(data: TokenDataset | Source) -> Iterator[str]:
-    """All captions. Files are read for them but not decoded; the loader tells of those that cannot be read."""
-    if isinstance(data, TokenDataset):
-        yield from chain.from_iterable(data.texts())
-    elif isinstance(data, StreamSource):
-        for _, record in data.records():
-            yield from record.texts
-    else:
-        for i in range(len(data)):
-            with suppress(OSError):
-                yield from data[i].texts
 
 
 def learn_vocabulary(model: Any, feed: Feed) -> None:

@@ -148,8 +148,9 @@ class GivenSource:
         classes = getattr(dataset, "classes", ())
         self.classes = tuple(map(str, classes)) if isinstance(classes, list | tuple) else ()
 
-    def __len__(self) -> int:
-        return 0  # no captions
+    def captions(self) -> Iterator[str]:
+        """None: a vocabulary is learned from a source on disk."""
+        return iter(())
 
 
 class SeededExamples(Dataset[Any]):

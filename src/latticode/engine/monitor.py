@@ -1,8 +1,7 @@
-"""What a run tells of itself while it trains: metrics.jsonl, TensorBoard and pictures, on held-out images."""
+"""Training-time logging: metrics.jsonl, TensorBoard, and pictures of held-out images; run.json at the end."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import date
 from itertools import cycle, islice
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latticode.core.files import write_text
+from latticode.core.files import write_json
 from latticode.core.modules import device_of
 from latticode.core.types import Batch, CodeBatch, Sampling, first_texts
 from latticode.core.values import to_uint8
@@ -52,36 +51,47 @@ class Monitor:
         if self.batch is None:
             return
         batch = self.batch.to(device_of(model))
-        if isinstance(uvim := model if self.config.kind == "tokenizer" else self.feed.tokenizer, UViM):
-            values = self._guided(step, batch, model, uvim, objective)
-        elif self.config.kind == "tokenizer":
-            result = model(batch.inputs)
-            metrics = metrics_of(self.preprocess)
-            metrics.update(batch.inputs, result.output)
-            scores = metrics.compute()
-            values = {name: scores[name] for name in metrics.shown}
-            above, columns = preview(batch.inputs[:PICTURED], self.preprocess)
-            below, _ = preview(result.output[:PICTURED], self.preprocess)
-            self._picture(step, "reconstructions", side_by_side(above, below, columns))
-        elif self.config.kind == "prior":
-            firsts = first_texts(batch.texts, len(batch.inputs))
-            cond = model.condition(batch.labels, firsts)
-            codes = self.feed.tokenizer.encode(batch.inputs)
-            values = {"compression_cost": float(model.bits(codes, cond).mean()) / codes[0].numel()}
-            values |= objective.scores(model, CodeBatch(codes, batch.labels))
-            labels = torch.arange(SAMPLED, device=batch.labels.device) % max(model.classes, 1)
-            asked = tuple(islice(cycle(firsts), SAMPLED))
-            sampled = model.sample(SAMPLED, model.condition(labels, asked), seed=self.config.seed)
-            size = self.preprocess.shape[1:] if self.preprocess.shape else None
-            pictures, columns = preview(self.feed.tokenizer.decode(sampled, size), self.preprocess)
-            self._picture(step, "samples", grid_image(pictures, columns))
-        else:
+        coder = model if self.config.kind == "tokenizer" else self.feed.tokenizer
+        if self.config.kind == "classifier":
             values = {"accuracy": float((model(batch.inputs).argmax(1) == batch.labels).float().mean())}
+        elif coder.guides:
+            values = self._guided(step, batch, model, coder, objective)
+        elif self.config.kind == "tokenizer":
+            values = self._reconstructed(step, batch, model)
+        else:
+            values = self._sampled(step, batch, model, objective)
         self.log(step, {f"val/{k}": v for k, v in values.items()})
+
+    def _reconstructed(self, step: int, batch: Batch, model: Any) -> dict[str, float | None]:
+        """Score and draw reconstructions."""
+        result = model(batch.inputs)
+        metrics = metrics_of(self.preprocess)
+        metrics.update(batch.inputs, result.output)
+        scores = metrics.compute()
+        above, columns = preview(batch.inputs[:PICTURED], self.preprocess)
+        below, _ = preview(result.output[:PICTURED], self.preprocess)
+        self._picture(step, "reconstructions", side_by_side(above, below, columns))
+        return {name: scores[name] for name in metrics.shown}
+
+    def _sampled(self, step: int, batch: Batch, model: Any, objective: Objective) -> dict[str, float | None]:
+        """Score codes, in bits per token, and draw samples."""
+        firsts = first_texts(batch.texts, len(batch.inputs))
+        cond = model.condition(batch.labels, firsts)
+        codes = self.feed.tokenizer.encode(batch.inputs)
+        values: dict[str, float | None] = {"compression_cost": float(model.bits(codes, cond).mean()) / codes[0].numel()}
+        values |= objective.scores(model, CodeBatch(codes, batch.labels))
+        labels = torch.arange(SAMPLED, device=batch.labels.device) % max(model.classes, 1)
+        asked = tuple(islice(cycle(firsts), SAMPLED))
+        sampled = model.sample(SAMPLED, model.condition(labels, asked), seed=self.config.seed)
+        size = self.preprocess.shape[1:] if self.preprocess.shape else None
+        pictures, columns = preview(self.feed.tokenizer.decode(sampled, size), self.preprocess)
+        self._picture(step, "samples", grid_image(pictures, columns))
+        return values
 
     def _guided(self, step: int, batch: Batch, model: Any, uvim: UViM, objective: Objective) -> dict[str, float | None]:
         """Score and draw predictions by the oracle's code, or by the likeliest code of a prior of it."""
-        codes, image, values = uvim.encode(batch.inputs), uvim.image(batch.inputs), {}
+        codes, image = uvim.encode(batch.inputs), uvim.image(batch.inputs)
+        values: dict[str, float | None] = {}
         if model is not uvim:
             cond = model.condition(images=image)
             values["compression_cost"] = float(model.bits(codes, cond).mean()) / codes[0].numel()
@@ -109,5 +119,5 @@ class Monitor:
             "date": date.today().isoformat(),
             **facts,
         }
-        write_text(self.folder / "run.json", json.dumps(about, indent=2) + "\n")
+        write_json(self.folder / "run.json", about)
         self.writer.close()

@@ -1,4 +1,5 @@
-"""What captions are to a prior that reads text: conditions for samples, and a score of how much it listens."""
+"""Scores of captions for a prior that is conditioned on text: bits that an image's own caption saves, and how often it
+saves more than another one."""
 
 from __future__ import annotations
 
@@ -76,8 +77,8 @@ class HeldOut:
         images = list(strangers)
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            told = self.prior.condition(labels[part].to(device), tuple(strangers[i] for i in part))
-            gains.append(self.prior.bits(codes[part].long().to(device), told).double().cpu() - own[part])
+            cond = self.prior.condition(labels[part].to(device), tuple(strangers[i] for i in part))
+            gains.append(self.prior.bits(codes[part].long().to(device), cond).double().cpu() - own[part])
             report(len(part))
         gain = torch.cat(gains)
         return {

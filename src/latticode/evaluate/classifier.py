@@ -1,4 +1,4 @@
-"""How often a classifier is right."""
+"""Scores of a classifier: accuracy and cross entropy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the evaluations share: passes over a loader, progress, and numbers that several of them give."""
+"""Shared by the evaluations: rates per pixel and second, features of images, and the protocol of a feature network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How well a dense task is solved: by the oracle's code (the ceiling), by a predicted code, and by none (the floor)."""
+"""Scores of a dense task (UViM): predictions by the oracle's code (the ceiling), by the prior's, and by none (the
+floor)."""
 
 from __future__ import annotations
 

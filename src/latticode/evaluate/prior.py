@@ -1,4 +1,4 @@
-"""What a prior's samples and its likelihoods are worth."""
+"""Scores of a prior: negative log-likelihood in bits per token; gFID, precision, recall and labels of its samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from latticode.core.types import Sampling, first_texts
 from latticode.core.values import rounded
 from latticode.data.loading import Loader
 from latticode.data.passes import Progress, Report, batches_of, count_of
-from latticode.data.writing import seconds_of
 from latticode.evaluate.captions import PROTOCOL, HeldOut
 from latticode.evaluate.common import feature_protocol, features_of, rates
 from latticode.metrics.classifier import Classifier
@@ -74,7 +73,7 @@ def evaluate_prior(
     protocol: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compression cost on the held-out images of `loader`, and the quality of samples.
+    """Negative log-likelihood of the held-out images of `loader` in bits per token, and the quality of samples.
 
     Args:
         prior: gets the label as its condition where it knows classes, and the first caption where it reads text.
@@ -82,19 +81,19 @@ def evaluate_prior(
         loader: held-out (test) images with labels.
         samples: how many to draw, their labels balanced over the classes; `seed` fixes them for any `batch_size`. A
             prior that reads text is asked for the captions of the held-out images, and judged by those images' labels.
-        features: names the keys `fid_<name>`, `precision_<name>`, `recall_<name>`; needs `reference`.
+        features: names the keys `fid_<name>` (gFID), `precision_<name>`, `recall_<name>`; needs `reference`.
         reference: of the training set. The held-out images are measured against it like the samples, by as many of them
             as there are samples if there are, because the number of images biases these numbers.
         classifier: judges whether a sample shows the label asked for. Better not the network behind `features`.
         label_of: codes to logits of their labels, of a prior that was fine-tuned to classify; gives the key `accuracy`.
         limit: stop after this many held-out images.
 
-    Returns compression_cost (bits per token: mean over tokens of -log2 p), compression_cost_uniform (log2 of the
-    vocabulary), bits_per_pixel, bits_per_second (as for tokenizers); fid_, precision_, recall_<name> and the same with
-    `_real`; label_accuracy, label_accuracy_shuffled (what it would be on average if the samples' labels were shuffled),
-    label_accuracy_real; of a prior that reads text caption_gain_bits (per image), caption_accuracy, caption_images (see
-    the protocol); samples, samples_per_second; count, skipped, protocol. Raises ValueError for options that do not fit
-    each other and for a loader without images.
+    Returns compression_cost (negative log-likelihood in bits per token: the mean over tokens of -log2 p),
+    compression_cost_uniform (log2 of the vocabulary), bits_per_pixel, bits_per_second (as for tokenizers); fid_,
+    precision_, recall_<name> and the same with `_real`; label_accuracy, label_accuracy_shuffled (what it would be on
+    average if the samples' labels were shuffled), label_accuracy_real; of a prior that reads text caption_gain_bits
+    (per image), caption_accuracy, caption_images (see the protocol); samples, samples_per_second; count, skipped,
+    protocol. Raises ValueError for options that do not fit each other and for a loader without images.
     """
     classes, device, uniform = int(prior.classes), device_of(tokenizer), tokenizer.bits
     _check(samples, batch_size, classes, features, reference, classifier)
@@ -116,7 +115,7 @@ def evaluate_prior(
                 held_out.add(codes, labels, batch.texts, cost)
             size = tuple(images.shape[2:])
             tokens, area = tokens + codes[..., 0].numel(), area + images[:, 0].numel()
-            duration += seconds_of(loader.preprocess, images)
+            duration += loader.preprocess.seconds(images)
             count += len(images)
             real.update(images, labels)
             if label_of is not None:
@@ -135,19 +134,19 @@ def evaluate_prior(
                 labels = labels % classes if classes else torch.full_like(labels, -1)
             labels = labels.to(device)
             start = time.perf_counter()
-            told = prior.condition(labels, texts)
-            codes = prior.sample(len(labels), told, sampling=sampling, seed=seed, first=first)
+            cond = prior.condition(labels, texts)
+            codes = prior.sample(len(labels), cond, sampling=sampling, seed=seed, first=first)
             images = tokenizer.decode(codes, size=size)
             synchronize(device)
             seconds += time.perf_counter() - start
             drawn.update(images, labels)
             report(len(labels))
-        listening = held_out.scores(batch_size, device, report) if held_out else {}
+        captions = held_out.scores(batch_size, device, report) if held_out else {}
     result: dict[str, Any] = {
         "compression_cost": bits / tokens,
         "compression_cost_uniform": uniform,
         **rates(bits, loader.preprocess.medium, area, duration),
-        **listening,
+        **captions,
     }
     labelled = f"balanced over {classes} classes" if classes else "none"
     if held_out:

@@ -1,4 +1,4 @@
-"""What a tokenizer's reconstructions and codes are worth."""
+"""Scores of a tokenizer: PSNR, SSIM, rFID, perceptual distance; usage and perplexity of its codebook, dead codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from latticode.core.values import rounded
 from latticode.data.loading import Loader
 from latticode.data.media import IMAGE
 from latticode.data.passes import Progress, Report, batches_of, count_of
-from latticode.data.writing import seconds_of
 from latticode.evaluate.common import feature_protocol, features_of, rates
 from latticode.losses.perceptual import Perceptual
 from latticode.metrics.codes import CodeStatistics
@@ -38,7 +37,7 @@ def evaluate_tokenizer(
     Args:
         tokenizer: any; what it returns is compared after rounding to 8 bits (sound: 16).
         loader: images, recordings or clips; one ordered pass over them is made, without augmentation.
-        features: names the key `rfid_<name>`.
+        features: names the key `rfid_<name>`, the rFID.
         reference: a loader of the images that the reconstructions' FID is taken against (the FSQ paper: the training
             set); without it, the originals of the same images.
         perceptual: its mean distance over the images, rounded to 8 bits, is the key `perceptual_<kind>`.
@@ -72,7 +71,7 @@ def evaluate_tokenizer(
             codes.update(reconstruction.codes)
             tokens += reconstruction.codes[..., 0].numel()
             area += images[:, 0].numel()
-            seconds += seconds_of(loader.preprocess, images)
+            seconds += loader.preprocess.seconds(images)
             sizes.add(tuple(images.shape[1:]))
             if perceptual is not None:
                 distance += len(images) * float(perceptual(rounded(reconstruction.output), rounded(images)))

@@ -1,19 +1,24 @@
-"""What reconstructions are measured by, for every kind of data: our own metrics and those that others register."""
+"""What reconstructions of each kind of data are measured by: our own metrics and those that others register."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from latticode.core.plugins import Table
 from latticode.core.values import rounded, rounded_sound
-from latticode.data import AudioPreprocess, Preparation, VideoPreprocess
+from latticode.data import AUDIO, VIDEO, Preparation
 from latticode.metrics.audio import AudioMetrics
 from latticode.metrics.pixels import PixelMetrics
 from latticode.metrics.video import VideoMetrics
 
+Reconstructions = PixelMetrics | AudioMetrics | VideoMetrics
+OWN: Mapping[str, Callable[[Any], Reconstructions]] = {  # by the name of the medium
+    AUDIO.name: lambda preprocess: AudioMetrics(preprocess.rate),
+    VIDEO.name: lambda _: VideoMetrics(),
+}
 METRICS: Table[Callable[[Tensor, Tensor], Tensor | None]] = Table("metric", {})
 
 
@@ -24,7 +29,7 @@ class Joined:
     returns None for some data is not reported there.
     """
 
-    def __init__(self, own: PixelMetrics | AudioMetrics | VideoMetrics, more: dict[str, Callable[..., Tensor | None]]):
+    def __init__(self, own: Reconstructions, more: Mapping[str, Callable[..., Tensor | None]]):
         self.own, self.more, self.shown = own, more, own.shown
         self.protocol = own.protocol
         self._sums: dict[str, tuple[float, int]] = {}
@@ -45,10 +50,18 @@ class Joined:
         return self.own.compute() | {name: total / count for name, (total, count) in self._sums.items()}
 
 
-def metrics_of(preprocess: Preparation) -> PixelMetrics | AudioMetrics | VideoMetrics | Joined:
-    """What reconstructions of this kind of data are measured by."""
-    if isinstance(preprocess, AudioPreprocess):
-        own = AudioMetrics(preprocess.rate)
-    else:
-        own = VideoMetrics() if isinstance(preprocess, VideoPreprocess) else PixelMetrics()
+def metrics_of(preprocess: Preparation) -> Reconstructions | Joined:
+    """A fresh scorer: PSNR and SSIM of images and clips (with changes from frame to frame), SI-SDR and spectral
+    distances of sound; and what was registered.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.data import Preprocess
+        >>> metrics = metrics_of(Preprocess(size=16))
+        >>> images = torch.zeros(2, 3, 16, 16)
+        >>> metrics.update(images, images + 0.2)
+        >>> round(metrics.compute()["psnr"], 1)
+        20.2
+    """
+    own = OWN.get(preprocess.medium.name, lambda _: PixelMetrics())(preprocess)
     return Joined(own, dict(METRICS)) if METRICS else own

@@ -150,6 +150,11 @@ class Quantizer(nn.Module, ABC):
             error = self._decode(self._encode(tokens.values)) - tokens.values
             return error.masked_fill(~tokens.keep[..., None], 0.0).to(z.dtype)
 
+    def inner(self, z: Tensor, codes: Tensor) -> Iterator[tuple[str, Quantizer, Tensor, Tensor]]:
+        """(place in this one, quantizer, its latents (..., D), its codes (..., K)) of each quantizer that this one is
+        made of, where it gives `codes` (..., K) to the finite latents `z` (..., D); here there is none."""
+        yield from ()
+
     @abstractmethod
     def _quantize(self, tokens: Tokens) -> Step:
         """Latents, codes, losses and codebook updates of `tokens`, with the codebooks as they are."""

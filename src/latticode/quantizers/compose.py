@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latticode.core.types import Quantized
 from latticode.quantizers.base import Quantizer, Step, Tokens, contractions, pooled
 from latticode.quantizers.gradients import straight_through
-from latticode.quantizers.residual import held, listed
+from latticode.quantizers.residual import held, item, listed
 
 
 class Projected(Quantizer):
@@ -44,6 +44,9 @@ class Projected(Quantizer):
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self._project_out(self.quantizer._decode(codes))
+
+    def inner(self, z: Tensor, codes: Tensor) -> Iterator[tuple[str, Quantizer, Tensor, Tensor]]:
+        yield "quantizer", self.quantizer, nn.functional.linear(z, self.project_in.weight, self.project_in.bias), codes
 
     def _project_in(self, x: Tensor) -> Tensor:
         return self._linear(x, self.project_in)
@@ -116,6 +119,13 @@ class Grouped(Quantizer):
             return self.quantizers._decode(self._stacked(codes)).flatten(-2)
         parts = codes.split([len(one.vocab) for one in self._sequence], dim=-1)
         return torch.cat([one._decode(part) for one, part in zip(self._sequence, parts, strict=True)], dim=-1)
+
+    def inner(self, z: Tensor, codes: Tensor) -> Iterator[tuple[str, Quantizer, Tensor, Tensor]]:
+        start = slot = 0
+        for i, one in enumerate(self._sequence):
+            run, chosen = z[..., start : start + one.dim], codes[..., slot : slot + len(one.vocab)]
+            yield item("quantizers", i, self.groups), one, run, chosen
+            start, slot = start + one.dim, slot + len(one.vocab)
 
     def _stacked(self, x: Tensor) -> Tensor:
         """(..., groups * n) to (..., groups, n)."""
@@ -193,6 +203,12 @@ class Hierarchical(Quantizer):
             present = self.bottom._present(chunk)[..., None]
             latents = latents + torch.where(present, self.bottom._decode(torch.where(present, chunk, 0)), 0.0)
         return latents.flatten(-2)
+
+    def inner(self, z: Tensor, codes: Tensor) -> Iterator[tuple[str, Quantizer, Tensor, Tensor]]:
+        slots, children = len(self.top.vocab), self._split(z)
+        yield "top", self.top, self._mean(children), codes[..., :slots]
+        left = children - self.top.decode(codes[..., :slots])[..., None, :]
+        yield "bottom", self.bottom, left, codes[..., slots:].unflatten(-1, (self.fanout, -1))
 
     def _split(self, x: Tensor) -> Tensor:
         """(..., fanout * D) to (..., fanout, D)."""

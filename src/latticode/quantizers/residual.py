@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -147,6 +147,14 @@ class Residual(Softening):
                 total = latents if total is None else total + latents
         return torch.cat(codes, dim=-1)
 
+    def inner(self, z: Tensor, codes: Tensor) -> Iterator[tuple[str, Quantizer, Tensor, Tensor]]:
+        bounded, slot = self._bound(z), 0
+        for i, stage in enumerate(self._sequence):
+            left = bounded if slot == 0 else bounded - self.decode(codes[..., :slot])
+            chosen = codes[..., slot : slot + len(stage.vocab)]
+            yield item("stages", i, self.depth), stage, self._down(left, i), chosen
+            slot += len(stage.vocab)
+
     def _soften(self, x: Tensor, temperature: float) -> Softened:
         residual, drawn = x, []
         for i, stage in enumerate(self._sequence):
@@ -283,6 +291,11 @@ def held(parts: Sequence[Quantizer] | Quantizer, times: int | None, name: str, c
     if len({id(part) for part in parts}) < len(parts):
         raise ValueError(f"{name} holds one quantizer twice; to share it, give it alone with {count}")
     return nn.ModuleList(parts)
+
+
+def item(name: str, i: int, times: int | None) -> str:
+    """The place of the i-th of the quantizers `name`, of one that is used `times` that of a slot."""
+    return f"{name}[{i}]" if times is None else f"{name} slot {i}"
 
 
 def listed(parts: nn.ModuleList | Quantizer, times: int | None) -> list[Quantizer]:

@@ -1,1 +1,1 @@
-"""What the command line does with run folders, one file per verb."""
+"""Actions on run folders, one file for each verb of the command line, and `Run`, a folder that is opened."""

@@ -1,13 +1,13 @@
-"""Evaluations side by side; numbers of different protocols never stand in one table."""
+"""Compare evaluations: one table for each protocol, as numbers of different protocols are not comparable."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latticode.core.files import read_json
 from latticode.core.mappings import differences, flat
 
 OWN = {"run", "ema", "preprocessing.flip"}  # of a model's training: held-out images are not flipped
@@ -63,11 +63,8 @@ def _read(path: Path) -> dict[str, Any]:
     file = path / "evaluation.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no evaluation in {path}; make one with: latticode evaluate {path}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("protocol"), dict):
+    content = read_json(file, {})
+    if not isinstance(content.get("protocol"), Mapping):
         raise ValueError(f"{file} is not an evaluation: it states no protocol, so nobody knows what it compares with")
     return content
 

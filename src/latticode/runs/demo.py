@@ -1,11 +1,11 @@
-"""The whole road in a few minutes, on data that ships inside scikit-learn and scikit-image."""
+"""The demonstration: train, tokenize, sample, evaluate and report in a few minutes, on data that ships inside
+scikit-learn and scikit-image."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,9 +16,10 @@ from latticode.data import Loader, Preprocess, open_source
 from latticode.data.writing import save_png
 from latticode.engine import load_config, train
 from latticode.metrics.pixels import PixelMetrics
-from latticode.runs.evaluate import evaluate
-from latticode.runs.open import open_tokenizer, pick_device
+from latticode.runs.evaluate import EvaluationRequest, evaluate
+from latticode.runs.open import Run
 from latticode.runs.sample import sample
+from latticode.sampling.request import Request
 from latticode.viz.pictures import grid_image
 from latticode.viz.report import Picture, Section, run_sections, write_page
 
@@ -57,21 +58,16 @@ def run_demo(folder: Path, console: Console) -> Path:
         more = [f"tokenizer={folder / 'digits'}"] if name == "prior" else []
         train(load_config(recipe, [*more, *overrides]), folder / name, resume=True, console=console)
     console.rule("evaluation")
-    options: dict[str, Any] = {"sampling": SAMPLING, "overwrite": True, "batch_size": 100, "console": console}
-    grid = sample(folder / "prior", folder / "prior" / "samples", 100, **options)
+    prior = Run.open(folder / "prior")
+    request = Request(count=100, sampling=SAMPLING, batch_size=100)
+    grid = sample(prior, folder / "prior" / "samples", request, overwrite=True, console=console)
     photograph, about = _photograph(folder)
     network = str(folder / "classifier")
     evaluate(folder / "classifier", console=console)
     evaluate(folder / "photos", console=console)
-    evaluate(folder / "digits", features=network, console=console)
-    score = evaluate(
-        folder / "prior",
-        features=network,
-        classifier=folder / "classifier",
-        samples=500,
-        sampling=SAMPLING,
-        console=console,
-    )
+    evaluate(folder / "digits", EvaluationRequest(features=network), console=console)
+    asked = EvaluationRequest(features=network, classifier=network, samples=500, sampling=SAMPLING)
+    score = evaluate(prior, asked, console=console)
     minutes = (time.monotonic() - began) / 60
     accuracy = f"{score['label_accuracy']:.1%}"
     sections = [
@@ -91,13 +87,13 @@ def run_demo(folder: Path, console: Console) -> Path:
         for section in run_sections(folder / name):
             sections.append(replace(section, title=f"{name}: {section.title}"))
     page = folder / "report.html"
-    write_page(page, "latticode demo", sections, {"minutes": round(minutes, 1), "device": str(pick_device())})
+    write_page(page, "latticode demo", sections, {"minutes": round(minutes, 1), "device": str(prior.device)})
     return page
 
 
 def _photograph(folder: Path) -> tuple[Path, str]:
     """A held-out photograph at its own size beside its reconstruction, and what it cost."""
-    _, tokenizer = open_tokenizer(folder / "photos")
+    tokenizer = Run.open(folder / "photos").tokenizer
     loader = Loader(open_source("embedded:photos", "test"), Preprocess(size=None, channels=3), 1)
     batch = next(iter(loader.epoch()))
     name = loader.source.name_of(int(batch.indices[0]))

@@ -1,10 +1,11 @@
-"""Predictions of dense tasks for a user's own pictures, at their own sizes: one to look at, and the numbers."""
+"""Predict depth, segments or colours for pictures at their own sizes: a PNG to look at, and the numbers as .npy."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from latticode.core.modules import device_of, evaluating
 from latticode.core.progress import progress
 from latticode.core.types import Sampling
 from latticode.core.values import to_float
-from latticode.data import DensePreprocess, open_source
+from latticode.data import open_source
 from latticode.data.media import ContentError
 from latticode.data.writing import save_png
 from latticode.dense.uvim import UViM
 from latticode.priors.base import Prior
-from latticode.runs.open import greedy_unless_asked, note_unused, open_dense
+from latticode.runs.open import Run, greedy_unless_asked, note_unused
 from latticode.viz.pictures import grid_image, with_legend
 
 
@@ -35,14 +36,13 @@ class Predictions:
 
 
 def predict(
-    run: Path,
+    run: Run | Path | str,
     image: Path,
     target: Path,
     *,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     seed: int = 0,
     batch_size: int = 8,
-    device: str = "auto",
     console: Console,
 ) -> Predictions:
     """Predict for a picture, or all of a folder or tar, and write NAME.png and NAME.npy into `target`.
@@ -51,11 +51,12 @@ def predict(
     squashed to the run's size first. `run` is of stage II; of stage I, predictions are made without a code. What cannot
     be decoded is skipped. Raises ValueError for other runs, and if nothing can be decoded.
     """
-    config, uvim, prior = open_dense(run, device)
-    trained = config.data.preprocess()
-    if not isinstance(trained, DensePreprocess) or trained.size is None:
-        raise ValueError(f"{run} has no size of its own: its data.size is not set")
-    preprocess = replace(trained.whole(), maps=(), largest=(), crop="squash")
+    run = Run.open(run)
+    uvim, prior = run.uvim, run.prior if run.config.kind == "prior" else None
+    trained: Any = run.config.data.preprocess()
+    if trained.shape is None:
+        raise ValueError(f"{run.folder} has no size of its own: its data.size is not set")
+    preprocess = trained.pictures()
     way = "without a code: the run is of stage I" if prior is None else "by the likeliest codes"
     if prior is not None:
         sampling = greedy_unless_asked(sampling)

@@ -1,9 +1,8 @@
-"""What a prior has learned of the images that nobody told it: a linear classifier on the activations of each layer, as
-iGPT was measured (Chen et al. 2020, "Generative Pretraining from Pixels", section 4.1)."""
+"""Linear probing of a prior: a linear classifier on the activations of each layer, as iGPT was measured (Chen et al.
+2020, "Generative Pretraining from Pixels", section 4.1)."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from latticode.core.files import replacing, write_text
+from latticode.core.files import replacing, write_json
 from latticode.core.modules import device_of, evaluating
 from latticode.core.progress import progress, watched
-from latticode.data import Loader, StreamSource
+from latticode.data import Loader
 from latticode.data.passes import Progress, Report, batches_of, count_of
 from latticode.data.records import Subset
 from latticode.engine.feed import open_loader
 from latticode.priors.base import Prior
-from latticode.runs.open import open_model, open_tokenizer
+from latticode.runs.open import Run
 from latticode.tokenizers.tokenizer import Tokenizer
 from latticode.viz import figures
 
@@ -38,13 +37,12 @@ PROTOCOL = {
 
 
 def probe(
-    run: Path,
+    run: Run | Path | str,
     source: str | None = None,
     *,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    device: str = "auto",
     console: Console,
 ) -> dict[str, Any]:
     """Probe the prior of `run` on the labels of `source` (default: its own data); write probe.json and probe.svg there.
@@ -53,15 +51,14 @@ def probe(
     skipped and protocol. Raises ValueError for the run of anything but a prior, a prior without features, and data
     without labels.
     """
-    config, prior = open_model(run, "prior", device)
-    config = config.on(source)
-    _, tokenizer = open_tokenizer(run, device)
+    run = Run.open(run)
+    config, prior, tokenizer = run.config.on(source), run.prior, run.tokenizer
     parts, skipped = [], 0
     for split in ("train", "test"):
         loader = open_loader(config, split, batch_size=batch_size)
         if not loader.source.classes:
             raise ValueError(f"a probe needs labels, and {config.data.source} has none")
-        if limit is not None and not isinstance(loader.source, StreamSource):
+        if limit is not None and not loader.streaming:
             drawn = np.random.default_rng(seed).permutation(len(loader.source))[:limit]
             some = Subset(loader.source, np.sort(drawn))
             loader = Loader(some, loader.preprocess, batch_size, workers=config.data.workers)
@@ -81,8 +78,8 @@ def probe(
         "run": run.name,
     }
     result |= {"skipped": skipped, "protocol": protocol}
-    write_text(run / PROBE, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    with replacing((run / PROBE).with_suffix(".svg")) as temporary:
+    write_json(run.folder / PROBE, result)
+    with replacing((run.folder / PROBE).with_suffix(".svg")) as temporary:
         temporary.write_bytes(figures.svg(figures.probe_curve(result)))
     return result
 

@@ -1,6 +1,7 @@
-"""In- and outpainting: which tokens an edit draws anew, and how its result goes back into the picture.
+"""Inpainting and outpainting as in MaskGIT (Chang et al. 2022, arXiv 2202.04200): which tokens an edit draws anew, and
+how its result goes back into the picture.
 
-As MaskGIT (2202.04200) edits. H, W pixels; h, w tokens.
+H, W pixels; h, w tokens.
 """
 
 from __future__ import annotations

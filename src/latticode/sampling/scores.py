@@ -1,5 +1,6 @@
-"""By what the best of many candidates is chosen (`sampling.Sampler`): CLIP, as DALL-E's are (2102.12092, section 2.6),
-or a classifier, as VQ-VAE-2's (1906.00446). Any function of that form will do."""
+"""Scores for rejection sampling, by which the best of many draws is kept (`latticode.sampling.sampler`): a classifier's
+probability, as VQ-VAE-2 (Razavi et al. 2019, arXiv 1906.00446), or CLIP, as DALL-E (Ramesh et al. 2021, arXiv
+2102.12092, section 2.6). Any function of that form will do."""
 
 from __future__ import annotations
 
@@ -19,18 +20,41 @@ Score = Callable[[Tensor, Conditioning], Tensor]  # images (B, C, H, W) and what
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of RGB in [0, 1]
 
 
-def label_score(classifier: Any) -> Score:
-    """The probability that `classifier`, images (B, C, H, W) to logits (B, classes), gives the label asked for. It sees
-    what would be stored, images of 8 bits. The score raises ValueError without labels."""
+class LabelScore:
+    """The probability that a classifier gives the label asked for. It sees what would be stored, images of 8 bits.
+
+    Args:
+        classifier: images (B, C, H, W) to logits (B, classes). To be written down with samples it is a saved model's.
+
+    Calls raise ValueError without labels.
+
+    Examples:
+        >>> score = LabelScore(lambda images: images.mean((2, 3)))  # the lightest of the channels
+        >>> images = torch.stack([torch.ones(2, 4, 4), -torch.ones(2, 4, 4)])
+        >>> score(images, Conditioning(torch.tensor([0, 1])))
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(self, classifier: Any):
+        self.classifier = classifier
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"classifier": self.classifier.fingerprint()}
+
+    def check(self, labels: Sequence[int], classes: int) -> None:
+        """Raise ValueError if not every sample has one of its labels, or the prior knows others."""
+        if min(labels, default=-1) < 0:
+            raise ValueError("rejection by a classifier needs a label for every sample")
+        if self.classifier.classes != classes:
+            raise ValueError(f"the classifier knows {self.classifier.classes} classes and the prior {classes}")
 
     @torch.no_grad()
-    def score(images: Tensor, cond: Conditioning) -> Tensor:
+    def __call__(self, images: Tensor, cond: Conditioning) -> Tensor:
         if cond.labels is None or bool((cond.labels < 0).any()):
             raise ValueError("a classifier scores images that a label was asked of, and there is none")
-        p = classifier(rounded(images)).softmax(-1)
+        p = self.classifier(rounded(images)).softmax(-1)
         return p.gather(-1, cond.labels.to(p.device)[:, None]).squeeze(-1)
-
-    return score
 
 
 def clip_score(model: Any, tokenize: Callable[[Sequence[str]], Any]) -> Score:
@@ -79,3 +103,8 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> Score:
     score = clip_score(model, lambda texts: tokens(list(texts), padding=True, truncation=True, return_tensors="pt"))
     score.name = f"clip {name}"  # type: ignore[attr-defined]
     return score
+
+
+def record_of(score: Score) -> dict[str, Any]:
+    """What samples say of the score that chose them: its own `record`, or its name."""
+    return getattr(score, "record", None) or {"score": getattr(score, "name", type(score).__name__)}

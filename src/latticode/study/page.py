@@ -1,15 +1,14 @@
-"""The report of a study: quality, usage and compression cost against the size of the codebook, with their spread."""
+"""study.html: quality, codebook usage and negative log-likelihood against codebook size, with the spread over seeds."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from latticode.study.plan import Job, Plan
-from latticode.study.table import Row, Spread, columns_of, job_folder, over_seeds, protocols
+from latticode.study.table import Row, Spread, columns_of, evaluation_of, job_folder, over_seeds, protocols
 from latticode.viz import figures
 from latticode.viz.figures import Picture, Point, readable
 from latticode.viz.report import Section, Table, cell, write_page
@@ -135,8 +134,7 @@ def _pictures(folder: Path, plan: Plan, rows: Sequence[Row]) -> Iterator[Section
         text = f"Held-out images above their reconstructions, largest size ({plan.sizes[-1]:,}), first seed."
         yield Section("Reconstructions", text, shown)
     for job in there:
-        evaluation = json.loads((job_folder(folder, job) / "evaluation.json").read_text(encoding="utf-8"))
-        if histograms := evaluation.get("level_histograms"):
+        if histograms := evaluation_of(job_folder(folder, job)).get("level_histograms"):
             bars = [figures.level_bars(counts, f"channel {i}") for i, counts in enumerate(histograms, 1)]
             text = f"How often {job.quantizer} at the largest size uses each level. Dashed: all equally often."
             yield Section("Levels", text, [Picture(bar, width="small") for bar in bars])

@@ -1,4 +1,4 @@
-"""What a study trains: quantizers and sizes, the jobs they make, and the number of steps that a budget pays for."""
+"""The plan of a study: quantizers and sizes, the jobs they make, and the number of steps that a budget pays for."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from latticode.core.files import write_text
+from latticode.core.files import read_json, write_json
 from latticode.core.mappings import differences
 from latticode.core.plugins import Table
 from latticode.core.registry import build, nearest
+from latticode.data import IMAGE
 from latticode.engine.config import (
     ConfigError,
-    ImageData,
     RunConfig,
     complete,
     load_config,
@@ -39,6 +39,7 @@ OWN = (  # keys that the study sets
     *("prior.tokenizer", "prior.steps", "prior.seed", "prior.data.source"),
 )
 LARGEST = 2**24
+PLAN, LISTS = "study.json", ("sizes", "quantizers", "overrides")  # and what of it must be lists
 
 Spec = dict[str, Any]
 
@@ -222,9 +223,10 @@ class Plan:
         data = first.data
         next(open_loader(first, data.split, batch_size=first.batch_size).batches())
         next(open_loader(first, "test", batch_size=1).epoch(), None)
-        if self.features is not None and isinstance(data, ImageData):
+        preprocess = data.preprocess()
+        if self.features is not None and preprocess.medium is IMAGE:
             try:
-                network_of(self.features, "cpu")(torch.zeros(1, data.channels, *[data.size or 64] * 2))
+                network_of(self.features, "cpu")(torch.zeros(1, *(preprocess.shape or (preprocess.channels, 64, 64))))
             except ValueError as error:
                 raise ValueError(f"{self.features} cannot judge the images of this study: {error}") from None
         for job in (Job(name, size, 0) for name in self.quantizers for size in {self.sizes[0], self.sizes[-1]}):
@@ -245,7 +247,7 @@ class Plan:
         return sum(cost.fixed + cost.step * steps[kind] for kind, cost in costs.items())
 
     def write(self, folder: Path) -> None:
-        write_text(folder / "study.json", json.dumps(asdict(self), indent=2) + "\n")
+        write_json(folder / PLAN, asdict(self))
 
 
 def _of_run(text: str) -> str:
@@ -263,14 +265,14 @@ def _warmed(config: RunConfig) -> RunConfig:
 
 def read_plan(folder: Path) -> Plan | None:
     """The plan of the study in `folder`, if there is one. Raises ValueError for a file that is none."""
-    path = folder / "study.json"
+    path = folder / PLAN
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        lists = {key: tuple(content[key]) for key in ("sizes", "quantizers", "overrides")}
+        content = read_json(path, dict.fromkeys(LISTS, list))
+        lists = {key: tuple(content[key]) for key in LISTS}
         return Plan(**{**content, **lists})
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the plan of a study: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""Runs the jobs of a study one after another, each a run folder of its own, and writes what they gave."""
+"""Run the jobs of a study one after another, each in a run folder of its own, and write what they gave."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from latticode.core.files import write_text
+from latticode.core.files import write_json
 from latticode.core.progress import part_of, progress
 from latticode.data.passes import count_of
 from latticode.engine import TrainingError, TrainingStoppedError, train
 from latticode.engine.config import RunConfig
 from latticode.engine.feed import open_loader
 from latticode.evaluate import Reference
-from latticode.runs.evaluate import evaluate
+from latticode.runs.evaluate import EvaluationRequest, evaluate
 from latticode.study.page import PAGE, write_study_page
-from latticode.study.plan import Cost, Job, Plan, check_same, planned, read_plan
+from latticode.study.plan import PLAN, Cost, Job, Plan, check_same, planned, read_plan
 from latticode.study.table import PROBLEMS, finished, read_rows, write_csv
 from latticode.viz.report import cell
 
@@ -54,7 +54,7 @@ def study(
         plan.check()
     plan = _settled(plan, folder, shard, console)
     if plan_only:
-        return folder / "study.json"
+        return folder / PLAN
     if len(todo) < len(mine):
         console.print(f"{len(mine) - len(todo)} of {len(mine)} jobs are there already")
     began = written = time.monotonic()
@@ -73,8 +73,8 @@ def study(
                 _write(folder, plan)
                 written = time.monotonic()
     except TrainingStoppedError:
-        told = f"interrupted; {folder / PAGE} shows what is done, and the same command goes on where it was"
-        raise TrainingStoppedError(told) from None
+        message = f"interrupted; {folder / PAGE} shows what is done, and the same command goes on where it was"
+        raise TrainingStoppedError(message) from None
     finally:
         page = _write(folder, plan)
     if failed := [job.name for job in mine if not finished(folder, plan, job)]:
@@ -117,7 +117,7 @@ def run_job(
     except Exception as failure:  # whatever it is, the other jobs must go on
         error = f"{type(failure).__name__}: {failure}"
     facts = {"error": error} if error else {"peak_memory_mb": _peak() if watching else None}
-    write_text(place / PROBLEMS, json.dumps(facts) + "\n")
+    write_json(place / PROBLEMS, facts, indent=None)
     if error:
         return f"failed: {error.splitlines()[0]}"
     shown = [
@@ -129,8 +129,8 @@ def run_job(
 def _evaluate(
     plan: Plan, run: Path, limit: int | None, console: Console, references: dict[str, Reference] | None = None
 ) -> dict[str, Any]:
-    shared: dict[str, Any] = {"references": references, "console": console}
-    return evaluate(run, features=plan.features, samples=plan.samples, limit=limit, **shared)
+    request = EvaluationRequest(features=plan.features, samples=plan.samples, limit=limit)
+    return evaluate(run, request, references=references, console=console)
 
 
 def _settled(plan: Plan, folder: Path, shard: tuple[int, int], console: Console) -> Plan:

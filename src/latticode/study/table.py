@@ -1,21 +1,23 @@
-"""The numbers of a study: one row for each job, and that the rows may stand in one table."""
+"""study.csv: one row for each job, and the check that all were trained and evaluated under one protocol."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latticode.core.files import write_text
+from latticode.core.files import read_json, write_text
 from latticode.core.mappings import differences
 from latticode.engine.config import read_run
+from latticode.runs.evaluate import EVALUATION
 from latticode.study.plan import Job, Plan
 
+RUN = "run.json"
+TRAINED = {"steps": int, "parameters": int, "seconds": (int, float)}  # by it, of a training
 PROBLEMS = "job.json"  # of a job: its error, or its peak memory
 FIRST = ("quantizer", "size", "codes", "bits", "seed", "steps", "psnr", "ssim", "usage", "perplexity", "entropy_bits")
 OF_PRIOR = ("compression_cost", "bits_per_pixel", "samples_per_second")
@@ -39,8 +41,8 @@ def job_folder(folder: Path, job: Job) -> Path:
 def finished(folder: Path, plan: Plan, job: Job) -> bool:
     """Whether a job is trained and evaluated to the end."""
     place = job_folder(folder, job)
-    ends = [place / "evaluation.json", *([place / "prior" / "evaluation.json"] if plan.prior else [])]
-    facts = _read(place / PROBLEMS)
+    ends = [place / EVALUATION, *([place / "prior" / EVALUATION] if plan.prior else [])]
+    facts = _facts(place)
     return facts is not None and "error" not in facts and all(end.is_file() for end in ends)
 
 
@@ -55,31 +57,31 @@ def read_rows(folder: Path, plan: Plan) -> list[Row]:
     for job in plan.jobs:
         if job in done:
             rows.append(_row(job_folder(folder, job), job))
-        elif (facts := _read(job_folder(folder, job) / PROBLEMS)) and "error" in facts:
+        elif (facts := _facts(job_folder(folder, job))) and "error" in facts:
             rows.append({**job._asdict(), "error": facts["error"]})
     return rows
 
 
 def _row(place: Path, job: Job) -> Row:
-    result, about = _object(place / "evaluation.json"), _object(place / "run.json")
+    result, about = evaluation_of(place), read_json(place / RUN, TRAINED)
     row: Row = {**job._asdict(), "codes": round(2 ** result["bits_per_token"]), "bits": result["bits_per_token"]}
     row |= {key: result[key] for key in FIRST if key in result}
     row |= {key: value for key, value in result.items() if key.startswith(NETWORKED)}
-    row |= {key: about[key] for key in ("steps", "parameters", "seconds")}
-    if (place / "prior" / "evaluation.json").is_file():
-        result, about = _object(place / "prior" / "evaluation.json"), _object(place / "prior" / "run.json")
+    row |= {key: about[key] for key in TRAINED}
+    if (place / "prior" / EVALUATION).is_file():
+        result, about = evaluation_of(place / "prior"), read_json(place / "prior" / RUN, TRAINED)
         row |= {key: result[key] for key in OF_PRIOR if key in result}
         row |= {key: value for key, value in result.items() if key.startswith(NETWORKED)}
-        row |= {f"prior_{key}": about[key] for key in ("steps", "parameters", "seconds")}
-    return row | _object(place / PROBLEMS)
+        row |= {f"prior_{key}": about[key] for key in TRAINED}
+    return row | (_facts(place) or {})
 
 
 def protocols(place: Path) -> dict[str, Any]:
     """Everything of a job that all jobs must have in common: how it was trained and how it was evaluated."""
     found: dict[str, Any] = {}
     for kind, run in (("tokenizer", place), ("prior", place / "prior")):
-        if (run / "evaluation.json").is_file():
-            scored = {k: v for k, v in _object(run / "evaluation.json")["protocol"].items() if k != "run"}
+        if (run / EVALUATION).is_file():
+            scored = {k: v for k, v in evaluation_of(run)["protocol"].items() if k != "run"}
             trained = read_run(run).model_dump(mode="json", exclude=VARIES)
             if kind == "tokenizer":
                 trained["tokenizer"].pop("quantizer")
@@ -134,9 +136,10 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return _object(path) if path.is_file() else None
+def _facts(place: Path) -> dict[str, Any] | None:
+    """What is recorded of the job in `place`: its error, or its peak memory; None before it has ended."""
+    return read_json(place / PROBLEMS, {}) if (place / PROBLEMS).is_file() else None
 
 
-def _object(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def evaluation_of(place: Path) -> dict[str, Any]:
+    return read_json(place / EVALUATION, {"protocol": dict})

@@ -49,6 +49,7 @@ class Tokenizer(Pretrained):
     a GPU wait at every step).
     """
 
+    guides = False  # its codes can be decoded by themselves (`latticode.core.types.Coder`)
     feedback = False  # of one whose positions do not come from `_latents`
 
     def __init__(
@@ -114,6 +115,9 @@ class Tokenizer(Pretrained):
     def encode(self, images: Tensor) -> Tensor:
         """Codes (B, *grid, K) of `images` (B, C, *size)."""
         return self._encode(self._padded(images))
+
+    def image(self, images: Tensor) -> None:
+        """What of `images` a prior of the codes sees: nothing."""
 
     def soften(self, images: Tensor, temperature: float) -> Softened:
         """Codes (B, *grid, K) of `images` (B, C, *size) drawn by their distance, and their distributions

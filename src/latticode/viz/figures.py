@@ -1,4 +1,4 @@
-"""What a report shows: charts as matplotlib figures that follow a light or dark page, and pictures as data URIs."""
+"""Charts as matplotlib figures, drawn as SVG for light and dark pages, and pictures as data URIs."""
 
 from __future__ import annotations
 

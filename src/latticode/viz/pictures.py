@@ -1,8 +1,8 @@
-"""Batches of images as one picture: grids, originals above reconstructions, PNG files that carry their settings."""
+"""Batches as one picture: grids, originals above reconstructions, spectrograms, film strips, segments, legends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from latticode.core.values import to_uint8
-from latticode.data import AudioPreprocess, Preparation, VideoPreprocess
+from latticode.data import AUDIO, VIDEO, Preparation
 from latticode.data.writing import to_picture
 from latticode.losses.spectral import magnitudes
 
@@ -156,10 +156,14 @@ def _stack(rows: list[np.ndarray], gap: int) -> np.ndarray:
     return np.concatenate(parts[1:])
 
 
+PREVIEWS: Mapping[str, Callable[[Tensor], tuple[np.ndarray, int]]] = {  # by the name of the medium
+    AUDIO.name: lambda values: (spectrograms(values.cpu()), 4),
+    VIDEO.name: lambda values: (film_strips(to_uint8(values).cpu().numpy()), 1),
+}
+
+
 def preview(values: Tensor, preprocess: Preparation) -> tuple[np.ndarray, int]:
-    """(pictures (N, C, H, W) uint8 of a batch (N, C, *size) in [-1, 1], how many fit side by side)."""
-    if isinstance(preprocess, AudioPreprocess):
-        return spectrograms(values.cpu()), 4
-    if isinstance(preprocess, VideoPreprocess):
-        return film_strips(to_uint8(values).cpu().numpy()), 1
-    return to_uint8(values).cpu().numpy(), 8
+    """(pictures (N, C, H, W) uint8 of a batch (N, C, *size) in [-1, 1], how many fit side by side): images as they are,
+    spectrograms of sound, film strips of clips."""
+    pictured = PREVIEWS.get(preprocess.medium.name)
+    return pictured(values) if pictured else (to_uint8(values).cpu().numpy(), 8)

@@ -18,7 +18,8 @@ from typing import Any
 
 import jinja2
 
-from latticode.core.files import write_text
+from latticode.core.files import read_json, write_text
+from latticode.core.mappings import flat
 from latticode.core.renamed import FACTS, METRICS, renamed
 from latticode.viz import figures
 from latticode.viz.figures import Picture, embed, readable, thumbnail
@@ -65,6 +66,10 @@ LABELS = {
     "count": "Examples",
 }
 PERCENTAGES = {"usage", "code_accuracy", "label_accuracy", "label_accuracy_shuffled", "label_accuracy_real"}
+SCHEMAS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {  # what the page needs of a file
+    "diagnosis.json": {"findings": list, "notes": list},
+    "probe.json": {"layer": int, "accuracy": float, "chance": float, "test": int, "layers": list},
+}
 FEATURE_LABELS = {"rfid": "rFID", "fid": "FID", "precision": "Precision", "recall": "Recall"}  # of <name>_<network>
 
 
@@ -176,14 +181,14 @@ def _evaluation_sections(evaluation: dict[str, Any]) -> Iterator[Section]:
         yield _dense_section(scores, classes or {}, protocol)
     histograms = _take_counts(evaluation, "level_histograms", nested=True)
     counts = _take_counts(evaluation, "code_counts", nested=False)
-    values = dict(_flatten(evaluation))
+    values = dict(flat(evaluation, " "))
     rows = [(_label(key), _value(key, value), protocol.pop(key, "")) for key, value in values.items()]
     columns = ("", "value", "protocol")
     if not any(how for _, _, how in rows):
         rows, columns = [row[:2] for row in rows], columns[:2]
     tables = [Table(rows, columns)]
     if protocol:
-        tables.append(Table([(_label(k), v) for k, v in _flatten(protocol)], caption="Protocol of all numbers"))
+        tables.append(Table([(_label(k), v) for k, v in flat(protocol, " ")], caption="Protocol of all numbers"))
     yield Section("Numbers", tables=tables)
     if histograms:
         shown = histograms[:MOST_CHANNELS]
@@ -218,7 +223,7 @@ def _diagnosis_section(diagnosis: Mapping[str, Any], folder: Path) -> Section:
     text = "\n\n".join(["" if found else "Nothing is wrong with the codes.", *diagnosis["notes"]]).strip()
     tables = [Table(found, ("finding", "where", "what", "try"))] if found else []
     if protocol := diagnosis.get("protocol"):
-        tables.append(Table([(_label(k), v) for k, v in _flatten(protocol)], caption="Protocol"))
+        tables.append(Table([(_label(k), v) for k, v in flat(protocol, " ")], caption="Protocol"))
     curves, images = folder / "diagnosis.svg", folder / "semantics.png"
     pictures = [Picture(curves, "How often levels or codes are used")] if curves.is_file() else []
     pictures += [Picture(images, "What codes mean")] if readable(images) else []
@@ -235,7 +240,7 @@ def _probe_section(probe: Mapping[str, Any]) -> Section:
     rows = [(layer["layer"], 100 * layer["accuracy"], 100 * layer["held_out"]) for layer in probe["layers"]]
     tables = [Table(rows, ("layer", "test accuracy, %", "held-out accuracy, %"))]
     if protocol := probe.get("protocol"):
-        tables.append(Table([(_label(k), v) for k, v in _flatten(protocol)], caption="Protocol"))
+        tables.append(Table([(_label(k), v) for k, v in flat(protocol, " ")], caption="Protocol"))
     return Section("Linear probe", text, [Picture(figures.probe_curve(probe))], tables)
 
 
@@ -353,15 +358,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings with their keys joined by spaces."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key} ")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _take_counts(evaluation: dict[str, Any], key: str, *, nested: bool) -> list[Any]:
     """Remove and return a list of counts (of lists of counts); anything else stays, to be shown as it is."""
     value = evaluation.get(key)
@@ -374,15 +370,7 @@ def _take_counts(evaluation: dict[str, Any], key: str, *, nested: bool) -> list[
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    return read_json(path, SCHEMAS.get(path.name, {})) if path.is_file() else {}
 
 
 # --- lists ---------------------------------------------------------------------------------------------
