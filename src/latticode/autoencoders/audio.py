@@ -112,6 +112,7 @@ class AudioDecoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight that the output comes from: where an adaptive adversarial weight measures gradients."""
         return self.model[-1].weight_v  # type: ignore[union-attr, return-value]
 
     def forward(self, z: Tensor) -> Tensor:

@@ -123,6 +123,7 @@ class MaskGITDecoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight that the output comes from: where an adaptive adversarial weight measures gradients."""
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class ResidualDecoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight that the output comes from: where an adaptive adversarial weight measures gradients."""
         return self.up[-1].weight  # type: ignore[return-value]
 
     def forward(self, z: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class Shuffled(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight that the output comes from: where an adaptive adversarial weight measures gradients."""
         return self.decoder.last_layer  # type: ignore[return-value]
 
     def forward(self, z: Tensor) -> Tensor:

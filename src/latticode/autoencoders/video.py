@@ -158,6 +158,7 @@ class VideoDecoder(_Settings):
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight that the output comes from: where an adaptive adversarial weight measures gradients."""
         return self.conv_out.conv.weight
 
     def forward(self, z: Tensor) -> Tensor:

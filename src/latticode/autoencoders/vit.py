@@ -107,6 +107,7 @@ class ViTDecoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
+        """The weight that the output comes from: where an adaptive adversarial weight measures gradients."""
         return self.head.weight
 
     def forward(self, z: Tensor) -> Tensor:

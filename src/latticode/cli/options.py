@@ -24,6 +24,8 @@ err = Console(stderr=True)
 
 
 class Split(StrEnum):
+    """Part of a source."""
+
     train = "train"
     test = "test"
     all = "all"

@@ -39,6 +39,7 @@ class Medium:
     maps: tuple[str, ...] = ()  # of files beside each, as PHOTO.depth.png beside PHOTO.jpg, that hold its label maps
 
     def holds(self, file: str) -> bool:
+        """Whether a file of this name is an example, by its ending, and no label map."""
         return file.rpartition(".")[2].lower() in self.endings and not f".{file.lower()}".endswith(
             tuple(f".{ending}" for ending in self.maps)
         )

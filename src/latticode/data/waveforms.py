@@ -116,6 +116,7 @@ def encode_wav(samples: np.ndarray, rate: int) -> bytes:
 
 
 def save_wav(path: Path, samples: np.ndarray, rate: int) -> None:
+    """Write `samples` (T, channels) at `rate` as a wav file of 16 bits, atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(encode_wav(samples, rate))
 

@@ -118,10 +118,12 @@ class UViM(Pretrained):
 
     @property
     def vocab(self) -> tuple[int, ...]:
+        """The number of codes of each code slot."""
         return self.quantizer.vocab
 
     @property
     def radix(self) -> tuple[int, ...] | None:
+        """Sizes of the digits of every code, if the quantizer has such."""
         return self.quantizer.radix
 
     @property

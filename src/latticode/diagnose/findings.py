@@ -31,6 +31,7 @@ def _collapsed(part: Part, numbers: dict[str, Any]) -> list[Finding]:
 
 
 def notes(numbers: dict[str, Any]) -> list[str]:
+    """What limits a finding without being a defect: too few tokens for the number of codes."""
     if numbers["tokens"] >= PER_CODE * numbers["size"]:
         return []
     return [

@@ -74,6 +74,7 @@ def load_state(
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Add `values` as a line of JSON to a file."""
     with path.open("a") as file:
         file.write(json.dumps(values) + "\n")
 

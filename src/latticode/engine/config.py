@@ -65,6 +65,7 @@ class DataConfig(_Section, ABC):
     def _preparation(self) -> Preparation: ...
 
     def preprocess(self) -> Preparation:
+        """The preparation of examples that this section describes. Raises ConfigError."""
         try:
             return self._preparation()
         except ValueError as error:
@@ -72,6 +73,8 @@ class DataConfig(_Section, ABC):
 
 
 class ImageData(DataConfig):
+    """`data` of a recipe for images."""
+
     kind: Literal["image"] = "image"
     size: PositiveInt | None = None
     channels: Literal[1, 3] = 3
@@ -84,6 +87,8 @@ class ImageData(DataConfig):
 
 
 class AudioData(DataConfig):
+    """`data` of a recipe for recordings."""
+
     kind: Literal["audio"]
     rate: PositiveInt = Field(description="samples per second; others are resampled")
     length: PositiveInt | None = Field(default=None, description="training window in samples")
@@ -94,6 +99,8 @@ class AudioData(DataConfig):
 
 
 class VideoData(DataConfig):
+    """`data` of a recipe for clips."""
+
     kind: Literal["video"]
     size: PositiveInt | None = None
     frames: PositiveInt | None = Field(default=None, description="training window in frames")
@@ -108,6 +115,8 @@ class VideoData(DataConfig):
 
 
 class DenseData(DataConfig):
+    """`data` of a recipe for photographs with label maps."""
+
     kind: Literal["dense"]
     size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="or height, width")
     maps: tuple[str, ...] = Field(default=(), description="endings of the label maps' files, e.g. depth.png")
@@ -120,6 +129,7 @@ class DenseData(DataConfig):
 
     @property
     def channels(self) -> int:
+        """Channels of an example: RGB and one for each label map."""
         return 3 + len(self.maps)
 
     def _preparation(self) -> Preparation:
@@ -201,6 +211,7 @@ class RunConfig(_Section):
 
     @property
     def kind(self) -> str:
+        """What is trained: prior, classifier or tokenizer."""
         return next(k for k in ("prior", "classifier", "tokenizer") if getattr(self, k) is not None)
 
     @property
@@ -266,6 +277,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """The mapping in a YAML text. Raises ConfigError, which calls it `name`, for anything else."""
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -415,4 +427,5 @@ def check_resumed(config: RunConfig, folder: Path) -> None:
 
 
 def to_yaml(config: RunConfig) -> str:
+    """A configuration as the YAML that `load_config` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)

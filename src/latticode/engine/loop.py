@@ -90,12 +90,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Move the average towards the weights after step `step`; its decay grows from 0.1 to the full one."""
         if self.decay:
             decay = min(self.decay, (1 + step) / (10 + step))
             for ours, theirs in zip(self.tensors.values(), self.model.parameters(), strict=True):
                 ours.lerp_(theirs, 1 - decay)
 
     def weights(self) -> dict[str, Tensor]:
+        """The model's state with averaged parameters."""
         return self.model.state_dict() | self.tensors
 
     @contextmanager

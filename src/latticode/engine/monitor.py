@@ -39,6 +39,7 @@ class Monitor:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Write the values of a step to metrics.jsonl and TensorBoard; those that are None are left out."""
         values = {name: value for name, value in values.items() if value is not None}  # e.g. SSIM of tiny images
         append_line(self.folder / "metrics.jsonl", {"step": step, **values})
         for name, value in values.items():

@@ -18,10 +18,12 @@ def rates(bits: float, medium: Medium, area: int, seconds: float) -> dict[str, f
 
 
 def features_of(network: FeatureNetwork, images: Tensor) -> Tensor:
+    """Features (B, D) of `images` on the network's device."""
     return network(images.to(device_of(network)))
 
 
 def feature_protocol(network: FeatureNetwork | None, statistics: FeatureStatistics, name: str) -> dict[str, Any]:
+    """What a Frechet distance depends on: network, weights, reference set and its size."""
     if network is None:
         return {}
     about = {"feature_network": network.name, "feature_weights": network.weights}

@@ -35,6 +35,7 @@ class Joined:
         self._sums: dict[str, tuple[float, int]] = {}
 
     def update(self, originals: Tensor, output: Tensor) -> None:
+        """Add originals and outputs, both (B, C, *size) in [-1, 1]."""
         self.own.update(originals, output)
         stored = rounded_sound if isinstance(self.own, AudioMetrics) else rounded
         for name, function in self.more.items():
@@ -47,6 +48,7 @@ class Joined:
                 self._sums[name] = total + float(values.double().sum()), count + len(values)
 
     def compute(self) -> dict[str, Any]:
+        """All metrics by name."""
         return self.own.compute() | {name: total / count for name, (total, count) in self._sums.items()}
 
 

@@ -153,6 +153,7 @@ MLPS = {"gpt": MLP, "llama": SwiGLU, "vitvqgan": TanhMLP}
 
 
 def norm_of(style: str, width: int) -> nn.Module:
+    """The norm of a style: LayerNorm of gpt, RMSNorm of llama."""
     return nn.RMSNorm(width, eps=1e-5) if style == "llama" else nn.LayerNorm(width)
 
 

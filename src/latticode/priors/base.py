@@ -118,10 +118,12 @@ class Prior(Pretrained, ABC):
 
     @property
     def positions(self) -> int:
+        """The number of positions of the grid."""
         return math.prod(self.grid)
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return device_of(self)
 
     def forward(self, codes: Tensor, cond: Conditioning | None = None, soft: Tensor | None = None) -> dict[str, Tensor]:

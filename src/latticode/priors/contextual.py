@@ -96,6 +96,7 @@ class ContextualRQ(Prior):
 
     @property
     def offsets(self) -> Tensor:
+        """Where the symbols of each slot start in the table of embeddings."""
         return offsets(self.starts, device=self.device)
 
     def logits(self, symbols_BNS: Tensor, hidden_BN: Tensor, labels_B: Tensor, at_BN: Tensor) -> list[Tensor]:

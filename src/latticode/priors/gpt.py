@@ -169,6 +169,7 @@ class GPT(Prior):
 
     @property
     def offsets(self) -> Tensor:
+        """Where the symbols of each slot start in the table of embeddings."""
         return offsets(self.starts, device=self.device)
 
     @property

@@ -98,6 +98,7 @@ class Masked(Prior):
 
     @property
     def offsets(self) -> Tensor:
+        """Where the symbols of each slot start in the table of embeddings."""
         return offsets(self.starts, device=self.device)
 
     @abstractmethod

@@ -52,6 +52,7 @@ class Digits(nn.Module):
         self._base = [math.prod(self._digits[:i]) for i in range(self.per_code)]
 
     def split(self, codes: Tensor) -> Tensor:
+        """Digits (..., K * digits per code) of `codes` (..., K), the first fastest; -1 of a code of -1."""
         known = codes >= 0
         if self.per_code == 1:
             return torch.where(known, codes, -1)
@@ -59,6 +60,7 @@ class Digits(nn.Module):
         return torch.where(known[..., None], torch.stack(digits, dim=-1), -1).flatten(-2)
 
     def join(self, symbols: Tensor) -> Tensor:
+        """Codes (..., K) of digits (..., K * digits per code): the inverse of `split`."""
         digits = torch.unflatten(symbols, -1, (-1, self.per_code)).unbind(-1)
         return torch.stack([digit * base for digit, base in zip(digits, self._base, strict=True)]).sum(0)
 

@@ -57,6 +57,7 @@ class BPE(nn.Module):
 
     @property
     def fitted(self) -> bool:
+        """Whether the byte pairs have been learned."""
         return int(self.merges[0, 0]) != UNFITTED
 
     def fit(self, texts: Iterable[str]) -> None:

@@ -72,6 +72,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The name of the run's folder."""
         return self.folder.name
 
     @cached_property
@@ -108,10 +109,12 @@ class Run:
 
     @property
     def prior(self) -> Prior:
+        """The model of a prior's run. Raises ValueError for a run of another kind."""
         return self._of("prior")
 
     @property
     def classifier(self) -> Classifier:
+        """The model of a classifier's run. Raises ValueError for a run of another kind."""
         return self._of("classifier")
 
     def _of(self, kind: str) -> Any:

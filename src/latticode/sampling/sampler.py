@@ -36,13 +36,16 @@ class Asked:
 
     @property
     def period(self) -> int:
+        """After how many samples labels and texts repeat."""
         return math.lcm(len(self.labels) or 1, len(self.texts) or 1)
 
     def of(self, number: int) -> dict[str, Any]:
+        """Label and text of the sample with this number."""
         label = {"label": self.labels[number % len(self.labels)]} if self.labels else {}
         return label | ({"text": self.texts[number % len(self.texts)]} if self.texts else {})
 
     def condition(self, numbers: Iterable[int]) -> Conditioning:
+        """The condition of a batch of samples, by their numbers."""
         rows = [self.of(number) for number in numbers]
         labels = torch.tensor([row["label"] for row in rows]) if self.labels else None
         return Conditioning(labels, tuple(row["text"] for row in rows) if self.texts else None)

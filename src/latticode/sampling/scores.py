@@ -40,6 +40,7 @@ class LabelScore:
 
     @property
     def record(self) -> dict[str, Any]:
+        """What samples say of the score: the classifier's fingerprint."""
         return {"classifier": self.classifier.fingerprint()}
 
     def check(self, labels: Sequence[int], classes: int) -> None:

@@ -143,12 +143,15 @@ def variant(name: str, size: int) -> Choice:
 
 
 class Job(NamedTuple):
+    """One training of a study."""
+
     quantizer: str
     size: int  # that was asked for; FSQ's levels come near it
     seed: int
 
     @property
     def name(self) -> str:
+        """The name of the job's run folder."""
         return f"{self.quantizer}-{self.size}-{self.seed}"
 
 
@@ -247,6 +250,7 @@ class Plan:
         return sum(cost.fixed + cost.step * steps[kind] for kind, cost in costs.items())
 
     def write(self, folder: Path) -> None:
+        """Write the plan as `folder`/study.json."""
         write_json(folder / PLAN, asdict(self))
 
 

@@ -35,6 +35,7 @@ class Spread(NamedTuple):
 
 
 def job_folder(folder: Path, job: Job) -> Path:
+    """The run folder of a job."""
     return folder / "jobs" / job.name
 
 
@@ -109,6 +110,7 @@ def check_protocols(folder: Path, jobs: Iterable[Job]) -> None:
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The columns of a table of these rows, the usual ones first, errors last."""
     names = list(dict.fromkeys([*FIRST, *(key for row in rows for key in row if key != "error")]))
     return [*names, *(["error"] if any("error" in row for row in rows) else [])]
 
@@ -133,6 +135,7 @@ def over_seeds(rows: Iterable[Row], key: str) -> dict[str, dict[int, Spread]]:
 
 
 def spread(values: Sequence[float]) -> Spread:
+    """Mean and, of two values or more, standard deviation."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
@@ -142,4 +145,5 @@ def _facts(place: Path) -> dict[str, Any] | None:
 
 
 def evaluation_of(place: Path) -> dict[str, Any]:
+    """The evaluation in a run folder. Raises ValueError for one without a protocol."""
     return read_json(place / EVALUATION, {"protocol": dict})

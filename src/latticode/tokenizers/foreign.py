@@ -49,10 +49,12 @@ class Foreign(Tokenizer):
 
     @property
     def channels(self) -> int:
+        """Channels of the images."""
         return self._channels
 
     @property
     def vocab(self) -> tuple[int, ...]:
+        """The number of codes of each code slot."""
         return self._vocab
 
     def _encode(self, x: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class HierarchicalTokenizer(Tokenizer):
 
     @property
     def vocab(self) -> tuple[int, ...]:
+        """The number of codes of each code slot, the coarsest grid first."""
         return self.top.vocab + self.quantizer.vocab * math.prod(self.top.strides)
 
     @property

@@ -87,10 +87,12 @@ class Tokenizer(Pretrained):
 
     @property
     def channels(self) -> int:
+        """Channels of the inputs."""
         return int(self.encoder.in_channels)  # type: ignore[arg-type]
 
     @property
     def vocab(self) -> tuple[int, ...]:
+        """The number of codes of each code slot."""
         return self.quantizer.vocab
 
     @property

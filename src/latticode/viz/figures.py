@@ -98,6 +98,7 @@ def readable(path: Path) -> bool:
 
 
 def thumbnail(path: Path) -> Image.Image:
+    """A picture's RGB thumbnail, at most as wide as a table's cell."""
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, 4 * THUMBNAIL))
