@@ -28,8 +28,8 @@ class Guide(GPT):
         width, depth, heads, mlp, style, digits, inner_depth, shared: of the decoder, as for `GPT`; the paper's and its
             encoder's are ViT-L's, 1024, 24 and 16.
         dropout: on the embeddings of codes and on each branch; the paper had none.
-        image_dropout: probability that training drops the image, for classifier-free guidance and samples without one;
-            0: there has to be an image always.
+        image_dropout: probability that training drops the image, for classifier-free guidance and samples without one.
+            With 0 there has to be an image always.
 
     Examples:
         >>> import torch
