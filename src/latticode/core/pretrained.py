@@ -55,7 +55,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 class Pretrained(nn.Module):
-    """Gives a registered model `save_pretrained` and `from_pretrained`."""
+    """Gives a registered model `save_pretrained` and `from_pretrained`.
+
+    Examples:
+        >>> import tempfile, latticode
+        >>> from latticode.tokenizers.palette import Palette
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = Palette(8)
+        ...     loaded = latticode.load(saved.save_pretrained(folder))
+        >>> type(loaded).__name__, loaded.training, loaded.fingerprint() == saved.fingerprint()
+        ('Palette', False, True)
+    """
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` (the spec, for people) and `model.safetensors` (weights, spec, schema) to `folder`."""

@@ -118,7 +118,7 @@ def _lines(
 def tell_skipped(console: Console, skipped: Mapping[str, str]) -> None:
     """Name and count the records that could not be read; `skipped` is name -> reason."""
     part = _PART.get()
-    named = part.named if part else set()
+    named = part.named if part else set[str]()
     new = {name: reason for name, reason in skipped.items() if name not in named}
     for name, reason in new.items():
         console.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from torch import nn
 

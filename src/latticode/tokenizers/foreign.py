@@ -27,6 +27,20 @@ class Foreign(Tokenizer):
 
     Raises:
         ValueError: for codes of another shape, type or range than announced, and outputs of another shape.
+
+    Examples:
+        >>> from latticode import Foreign
+        >>> import torch
+        >>> def encode(images):  # somebody else's: the mean of each patch, in 16 steps
+        ...     means = torch.nn.functional.avg_pool2d(images, 4).mean(1)
+        ...     return ((means + 1) / 2 * 15).round().long()
+        >>> def decode(codes):
+        ...     grey = codes[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3) / 15 * 2 - 1
+        ...     return grey.expand(-1, 3, -1, -1)
+        >>> theirs = Foreign(encode, decode, vocab=16, stride=4)
+        >>> result = theirs(torch.rand(2, 3, 10, 12) * 2 - 1)
+        >>> result.codes.shape, result.output.shape
+        (torch.Size([2, 3, 3, 1]), torch.Size([2, 3, 10, 12]))
     """
 
     def __init__(

@@ -47,6 +47,22 @@ class Tokenizer(Pretrained):
     `encode` and `forward` raise ValueError for another number of channels or axes, an axis without samples, another
     type than floats and, in eval mode, values that are not finite (in training the loss shows them; looking would make
     a GPU wait at every step).
+
+    Examples:
+        >>> import torch
+        >>> from latticode import FSQ, Tokenizer
+        >>> from latticode.autoencoders import ResidualDecoder, ResidualEncoder
+        >>> _ = torch.manual_seed(0)
+        >>> encoder, decoder = ResidualEncoder(3, latent=16, hidden=8), ResidualDecoder(3, latent=16, hidden=8)
+        >>> tokenizer = Tokenizer(encoder, FSQ([8, 5, 5, 5]), decoder).eval()
+        >>> images = torch.rand(2, 3, 30, 32) * 2 - 1
+        >>> codes = tokenizer.encode(images)
+        >>> codes.shape, tokenizer.stride, tokenizer.vocab, round(tokenizer.bits, 2)
+        (torch.Size([2, 8, 8, 1]), 4, (1000,), 9.97)
+        >>> tokenizer.decode(codes, (30, 32)).shape  # padded to 32 x 32 and cropped again
+        torch.Size([2, 3, 30, 32])
+        >>> torch.equal(tokenizer(images).codes, codes)
+        True
     """
 
     guides = False  # its codes can be decoded by themselves (`latticode.core.types.Coder`)
