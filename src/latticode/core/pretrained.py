@@ -30,7 +30,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and metadata of `save_tensors`. Raises ValueError for a file that is not one."""
     metadata = read_metadata(path)
-    with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+    with _opened(path) as file:
         return {k: file.get_tensor(k) for k in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
 
 
@@ -48,10 +48,15 @@ def read_spec(folder: Path) -> registry.Spec:
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of `save_tensors` without the tensors. Raises ValueError for a file that is not one."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with _opened(path) as file:
             return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no latticode file: {error}") from None
+
+
+def _opened(path: Path) -> Any:
+    """A safetensors file; the library has no types."""
+    return safetensors.safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
 
 
 class Pretrained(nn.Module):

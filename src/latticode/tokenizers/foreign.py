@@ -79,8 +79,9 @@ class Foreign(Tokenizer):
             wanted = f"integer codes {expected} for images {tuple(x.shape)}"
             raise ValueError(f"encode should give {wanted}, got {described(codes)}")
         low, high = codes.flatten(0, -2).aminmax(dim=0)
-        if int(low.min()) < 0 or any(h >= size for h, size in zip(high.tolist(), self.vocab, strict=True)):
-            raise ValueError(f"encode gave codes {int(low.min())} .. {high.tolist()} where vocab is {self.vocab}")
+        least, most = int(low.min()), [int(h) for h in high]
+        if least < 0 or any(h >= size for h, size in zip(most, self.vocab, strict=True)):
+            raise ValueError(f"encode gave codes {least} .. {most} where vocab is {self.vocab}")
         return codes.long()
 
     def _decode(self, codes: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +157,8 @@ class Tokenizer(Pretrained):
         output, codes, losses = self._reconstruct(self._padded(images))
         output = self._cropped(output, images.shape[2:])
         if self.pixels is not None:
-            losses = {**losses, self.pixels.name: self.pixels.nll(output, images)}  # type: ignore[operator]
+            likelihood: Any = self.pixels
+            losses = {**losses, likelihood.name: likelihood.nll(output, images)}
         return Reconstruction(self._shown(output), codes, losses)
 
     def levels(self, codes: Tensor) -> list[Tensor]:
