@@ -110,7 +110,19 @@ def save_model(model: nn.Module, folder: Path, weights: Mapping[str, Tensor]) ->
 
 
 def load_model(folder: str | Path) -> Any:
-    """The model in `folder`, whatever its type, in eval mode; strict."""
+    """The model in `folder`, of a run or of `save_pretrained`, whatever its type, in eval mode; strict.
+
+    Raises FileNotFoundError where there is none, ValueError for another schema and for weights that do not fit, and
+    SpecError for a class that nobody has registered here (`latticode.register`): no file can name code to import.
+
+    Examples:
+        >>> import tempfile, latticode
+        >>> from latticode.tokenizers.palette import Palette
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loaded = latticode.load(Palette(8).save_pretrained(folder))
+        >>> type(loaded).__name__, loaded.vocab
+        ('Palette', (8,))
+    """
     folder = Path(folder)
     spec = read_spec(folder)
     model = registry.build(spec)

@@ -156,6 +156,15 @@ def build(spec: Mapping[str, Any]) -> Any:
 
     Raises SpecError for unknown types, unknown keys and missing keys (with the valid ones), and whatever the
     constructor raises for bad values.
+
+    Examples:
+        >>> import latticode
+        >>> latticode.build({"type": "residual", "stages": {"type": "fsq", "levels": [5, 3]}, "depth": 2}).vocab
+        (15, 15)
+        >>> latticode.build({"type": "fsq", "level": [5, 3]})
+        Traceback (most recent call last):
+        ...
+        latticode.core.registry.SpecError: spec: unknown key 'level' for type 'fsq'; nearest: levels; valid: ...
     """
     check(spec)
     return _build(renamed.spec(spec))
