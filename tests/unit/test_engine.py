@@ -363,6 +363,7 @@ def as_loader(data: Noisy, **options) -> DataLoader:
     return DataLoader(data, batch_size=4, shuffle=True, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda data: data, as_loader, lambda d: as_loader(d, generator=torch.Generator())])
 def test_given_data_interrupted_and_resumed(tmp_path, wrap) -> None:
     whole = train(given_config(), tmp_path / "whole", data=wrap(Noisy()), console=QUIET)
@@ -406,6 +407,7 @@ def test_ranks_share_a_given_dataset(monkeypatch) -> None:
         GivenLoader(as_loader(Noisy()), given_config(), shard=True)
 
 
+@pytest.mark.slow
 def test_a_classifier_and_a_prior_on_given_data(tmp_path) -> None:
     data = "data={source: given:noise, size: 8, channels: 1, workers: 0}"
     small = ["steps=2", "batch_size=4", "picture_every=2", data]
@@ -454,6 +456,7 @@ def test_given_data_that_do_not_fit_are_refused(tmp_path, data, message: str) ->
         train(given_config(), tmp_path, data=data, console=QUIET)
 
 
+@pytest.mark.slow
 def test_given_data_and_their_source_go_together(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"given:NAME goes with train\(data=...\), got 'embedded:digits' and Noisy"):
         train(tiny_config(), tmp_path, data=Noisy(), console=QUIET)

@@ -18,6 +18,8 @@ SOURCES = {
 }
 WITH_EXAMPLES = sorted(name for name, path in SOURCES.items() if ">>> " in path.read_text(encoding="utf-8"))
 ROOMS = (  # whose public classes all have an example; exceptions aside
+    *("latticode.autoencoders", "latticode.core.plugins", "latticode.core.pretrained"),
+    *(f"latticode.tokenizers.{name}" for name in ("foreign", "hierarchical", "palette", "tokenizer")),
     *("latticode.losses", "latticode.nn.conv", "latticode.nn.discriminator"),
     *(f"latticode.metrics.{name}" for name in ("audio", "classifier", "codes", "dense", "features", "pixels", "video")),
     *("latticode.engine.objectives", "latticode.engine.schedules", "latticode.engine.tally"),
@@ -30,6 +32,7 @@ ROOMS = (  # whose public classes all have an example; exceptions aside
 )
 
 
+@pytest.mark.usefixtures("unregistered")
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples_run(name: str) -> None:
     torch.manual_seed(0)

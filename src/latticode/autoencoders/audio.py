@@ -12,7 +12,14 @@ from latticode.nn.causal import Conv1d, ConvTranspose1d, Snake
 
 
 class ResidualUnit(nn.Module):
-    """(B, C, T) -> (B, C, T): Snake, dilated convolution of 7, Snake, convolution of 1, added to the input."""
+    """(B, C, T) -> (B, C, T): Snake, dilated convolution of 7, Snake, convolution of 1, added to the input.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders.audio import ResidualUnit
+        >>> ResidualUnit(8, dilation=3, causal=True)(torch.randn(2, 8, 50)).shape
+        torch.Size([2, 8, 50])
+    """
 
     def __init__(self, channels: int, dilation: int, causal: bool):
         super().__init__()
@@ -48,6 +55,13 @@ class AudioEncoder(nn.Module):
         strides: finest first.
         dilations: of the residual units before each stride.
         causal: an output depends on no sample behind its own `stride` ones, so sound can be coded while it arrives.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import AudioEncoder
+        >>> encoder = AudioEncoder(1, latent=16, width=8, strides=(2, 4))
+        >>> encoder.stride, encoder(torch.randn(2, 1, 64)).shape
+        (8, torch.Size([2, 16, 8]))
     """
 
     axes = 1
@@ -83,6 +97,13 @@ class AudioDecoder(nn.Module):
 
     Arguments as there; `strides` are given finest first too and `width` is that of the full rate. If `causal`, the
     samples of position t depend on the positions up to t only.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import AudioDecoder
+        >>> decoder = AudioDecoder(1, latent=16, width=8, strides=(2, 4))
+        >>> decoder(torch.randn(2, 16, 8)).shape
+        torch.Size([2, 1, 64])
     """
 
     axes = 1

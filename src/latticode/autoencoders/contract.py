@@ -31,6 +31,12 @@ class Encoder(Protocol):
         lead (0): samples at the start of the first axis that make one position each; 1: a video's first frame alone.
         reach (None): samples beside its own stride^axes that a position depends on, at most, on every side; None: all
             there are. Tiles of large images overlap by it (`latticode.tokenizers.tiling`).
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import Encoder, ResidualEncoder
+        >>> isinstance(ResidualEncoder(), Encoder), isinstance(torch.nn.Linear(3, 8), Encoder)
+        (True, False)
     """
 
     in_channels: int  # C: 1 grey or mono, 3 colour, 2 stereo
@@ -50,6 +56,12 @@ class Decoder(Protocol):
         last_layer (none): the weight by which the output is computed last. With all of it 0 the output does not depend
             on the input. An adversarial loss with an adaptive weight measures its gradients there
             (`latticode.losses.adversarial`); without it give `adversarial.adaptive=false`.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import Decoder, ResidualDecoder
+        >>> isinstance(ResidualDecoder(), Decoder), isinstance(torch.nn.Linear(3, 8), Decoder)
+        (True, False)
     """
 
     out_channels: int  # as many as the encoder's in_channels, or what `pixels` of the tokenizer takes, e.g. 2 C
@@ -60,7 +72,14 @@ class Decoder(Protocol):
 
 
 class Geometry(NamedTuple):
-    """How samples and positions go together."""
+    """How samples and positions go together.
+
+    Examples:
+        >>> from latticode.autoencoders.contract import Geometry
+        >>> from latticode.autoencoders import VideoEncoder
+        >>> geometry(VideoEncoder(1, 8, 8, groups=4, blocks=0), "encoder")
+        Geometry(axes=3, strides=(4, 8, 8), lead=1)
+    """
 
     axes: int
     strides: tuple[int, ...]  # one for each axis

@@ -50,6 +50,16 @@ class ConvEncoder(nn.Module):
         norm: "group" as published, or "position", which normalises over the channels of each position. With that and
             no attention an output depends on a bounded receptive field, so that tiles which share enough give the codes
             of the whole image (`latticode.tokenizers.tiling`).
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import ConvEncoder
+        >>> encoder = ConvEncoder(3, latent=16, width=8, multipliers=(1, 2, 2), groups=4)
+        >>> encoder.stride, encoder(torch.randn(2, 3, 32, 32)).shape
+        (4, torch.Size([2, 16, 8, 8]))
+        >>> local = ConvEncoder(3, latent=16, width=8, multipliers=(1, 2), groups=4, norm="position")
+        >>> encoder.reach, local.reach  # None: a position depends on the whole image
+        (None, 24)
     """
 
     def __init__(
@@ -102,6 +112,13 @@ class ConvDecoder(nn.Module):
 
     Arguments as there; `blocks` and `multipliers` are given finest level first too. The published decoder has one
     block more per level than its encoder.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import ConvDecoder
+        >>> decoder = ConvDecoder(3, latent=16, width=8, multipliers=(1, 2, 2), groups=4)
+        >>> decoder(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 3, 32, 32])
     """
 
     def __init__(

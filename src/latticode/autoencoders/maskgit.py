@@ -20,6 +20,12 @@ class MaskGITBlock(nn.Module):
 
     Where the widths differ the branch's own output goes through `nin_shortcut`, as in the published network, and the
     input is not added: there is no identity path through such a block.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders.maskgit import MaskGITBlock
+        >>> MaskGITBlock(8, 16, groups=4)(torch.randn(2, 8, 6, 6)).shape
+        torch.Size([2, 16, 6, 6])
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
@@ -38,7 +44,14 @@ class MaskGITBlock(nn.Module):
 
 
 class MaskGITLevel(nn.Module):
-    """The blocks of one resolution and, in a decoder, the way up to the next."""
+    """The blocks of one resolution and, in a decoder, the way up to the next.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders.maskgit import MaskGITLevel
+        >>> MaskGITLevel([8, 16], groups=4, up=True)(torch.randn(2, 8, 6, 6)).shape
+        torch.Size([2, 16, 12, 12])
+    """
 
     def __init__(self, widths: Sequence[int], groups: int, up: bool = False):
         super().__init__()
@@ -64,6 +77,13 @@ class MaskGITEncoder(nn.Module):
         multipliers: one per resolution; each step between two halves H and W.
         blocks: residual blocks per level and in the middle.
         groups: of every group normalisation; divides every width.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import MaskGITEncoder
+        >>> encoder = MaskGITEncoder(3, latent=16, width=8, multipliers=(1, 2), groups=4)
+        >>> encoder(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 16, 8, 8])
     """
 
     def __init__(
@@ -96,7 +116,15 @@ class MaskGITEncoder(nn.Module):
 
 
 class MaskGITDecoder(nn.Module):
-    """(B, latent, h, w) -> (B, out_channels, h * stride, w * stride): the mirror of `MaskGITEncoder`."""
+    """(B, latent, h, w) -> (B, out_channels, h * stride, w * stride): the mirror of `MaskGITEncoder`.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import MaskGITDecoder
+        >>> decoder = MaskGITDecoder(3, latent=16, width=8, multipliers=(1, 2), groups=4)
+        >>> decoder(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 3, 16, 16])
+    """
 
     def __init__(
         self,

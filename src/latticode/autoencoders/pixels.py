@@ -18,6 +18,16 @@ class LogitLaplace(nn.Module):
 
     Args:
         eps: keeps the logit of black and white finite; in (0, 0.5).
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import LogitLaplace
+        >>> likelihood = LogitLaplace()
+        >>> output = torch.zeros(2, 6, 8, 8)  # of a decoder with two channels for each of the image: mu 0, ln b 0
+        >>> likelihood.image(output).shape, float(likelihood.image(output).abs().max())
+        (torch.Size([2, 3, 8, 8]), 0.0)
+        >>> round(float(likelihood.nll(output, torch.zeros(2, 3, 8, 8))), 4)  # -ln of 1 / (2 b y (1 - y)) at y = 1/2
+        -0.6931
     """
 
     name = "logit_laplace"

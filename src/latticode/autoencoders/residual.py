@@ -11,7 +11,14 @@ from latticode.nn.conv import channels_last
 
 
 class ReluBlock(nn.Module):
-    """(B, C, H, W) to the same: x + conv1x1(relu(conv3x3(relu(x)))) with `hidden` channels between."""
+    """(B, C, H, W) to the same: x + conv1x1(relu(conv3x3(relu(x)))) with `hidden` channels between.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders.residual import ReluBlock
+        >>> ReluBlock(8, 4)(torch.randn(2, 8, 6, 6)).shape
+        torch.Size([2, 8, 6, 6])
+    """
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -60,6 +67,12 @@ class ResidualEncoder(nn.Module):
         hidden: channels inside a residual block.
         blocks: residual blocks.
         stride: a power of two.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import ResidualEncoder
+        >>> ResidualEncoder(3, latent=16, hidden=8, stride=4)(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 16, 4, 4])
     """
 
     def __init__(self, in_channels: int = 3, latent: int = 128, hidden: int = 32, blocks: int = 2, stride: int = 4):
@@ -86,6 +99,12 @@ class ResidualDecoder(nn.Module):
     """(B, latent, h, w) -> (B, out_channels, h * stride, w * stride): the mirror of `ResidualEncoder`.
 
     Transposed 4x4 convolutions of stride 2 take the place of the others.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import ResidualDecoder
+        >>> ResidualDecoder(3, latent=16, hidden=8, stride=4)(torch.randn(2, 16, 4, 4)).shape
+        torch.Size([2, 3, 16, 16])
     """
 
     def __init__(self, out_channels: int = 3, latent: int = 128, hidden: int = 32, blocks: int = 2, stride: int = 4):

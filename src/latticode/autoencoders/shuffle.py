@@ -24,7 +24,15 @@ def shuffle(x: Tensor, factor: int) -> Tensor:
 
 
 class Unshuffled(nn.Module):
-    """`encoder` with its output at 1 / `factor` of the resolution and `factor`^2 times the channels."""
+    """`encoder` with its output at 1 / `factor` of the resolution and `factor`^2 times the channels.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import ResidualEncoder, Unshuffled
+        >>> encoder = Unshuffled(ResidualEncoder(3, latent=16, hidden=8, stride=4))
+        >>> encoder.stride, encoder(torch.randn(2, 3, 16, 16)).shape
+        (8, torch.Size([2, 64, 2, 2]))
+    """
 
     def __init__(self, encoder: nn.Module, factor: int = 2):
         super().__init__()
@@ -38,7 +46,15 @@ class Unshuffled(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """`decoder` for the output of `Unshuffled`."""
+    """`decoder` for the output of `Unshuffled`.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import ResidualDecoder, Shuffled
+        >>> decoder = Shuffled(ResidualDecoder(3, latent=16, hidden=8, stride=4))
+        >>> decoder(torch.randn(2, 64, 2, 2)).shape
+        torch.Size([2, 3, 16, 16])
+    """
 
     def __init__(self, decoder: nn.Module, factor: int = 2):
         super().__init__()

@@ -13,7 +13,14 @@ from latticode.nn.causal import CausalConv3d, CausalUpsample, FrameNorm, put_bef
 
 
 class ResidualBlock3d(nn.Module):
-    """(B, in, T, H, W) -> (B, out, T, H, W): twice norm, SiLU, causal convolution; a shortcut where widths differ."""
+    """(B, in, T, H, W) -> (B, out, T, H, W): twice norm, SiLU, causal convolution; a shortcut where widths differ.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders.video import ResidualBlock3d
+        >>> ResidualBlock3d(8, 16, groups=4)(torch.randn(2, 8, 3, 6, 6)).shape
+        torch.Size([2, 16, 3, 6, 6])
+    """
 
     def __init__(self, inputs: int, outputs: int, groups: int):
         super().__init__()
@@ -78,6 +85,14 @@ class VideoEncoder(_Settings):
         groups: of every group normalisation; divides every width.
         patch: (time, space) of the first convolution's stride, 1 or 2 each: no work at the resolution of the frames.
         before: what the convolutions put before the first frame, "copies" of it or "zeros".
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import VideoEncoder
+        >>> small = dict(latent=16, width=8, multipliers=(1, 2), strides=((2, 2),), blocks=1, groups=4)
+        >>> encoder = VideoEncoder(3, **small)
+        >>> encoder.stride, encoder(torch.randn(1, 3, 5, 8, 8)).shape  # the first frame has a position of its own
+        ((2, 2, 2), torch.Size([1, 16, 3, 4, 4]))
     """
 
     def __init__(
@@ -122,6 +137,13 @@ class VideoDecoder(_Settings):
 
     The mirror of `VideoEncoder`, arguments as there and finest level first too. The frames up to stride[0] * t depend
     on the positions up to t only.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import VideoDecoder
+        >>> small = dict(latent=16, width=8, multipliers=(1, 2), strides=((2, 2),), blocks=1, groups=4)
+        >>> VideoDecoder(3, **small)(torch.randn(1, 16, 3, 4, 4)).shape
+        torch.Size([1, 3, 5, 8, 8])
     """
 
     def __init__(

@@ -26,6 +26,12 @@ class Positions(nn.Module):
     On another grid the table is stretched to it by bilinear interpolation: the image as a whole keeps its extent, as
     in a finer or coarser picture of the same scene. Quality on grids far from `side` is not to be expected without
     training there; cut large images into tiles.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders.vit import Positions
+        >>> Positions(4, 8)(torch.zeros(2, 6, 6, 8)).shape  # a table of 4 x 4, stretched
+        torch.Size([2, 6, 6, 8])
     """
 
     def __init__(self, side: int, width: int):
@@ -52,6 +58,13 @@ class ViTEncoder(nn.Module):
         mlp: hidden width of the MLPs over `width`.
         side: patches per side of the training images, for which the table of positions is made.
         style: of the blocks (`latticode.nn.transformer.Block`); "vitvqgan" is that of ViT-VQGAN's public code.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import ViTEncoder
+        >>> encoder = ViTEncoder(3, latent=8, patch=4, width=16, depth=1, heads=2, side=4)
+        >>> encoder(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(
@@ -82,7 +95,15 @@ class ViTEncoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    """(B, latent, h, w) -> (B, out_channels, h * patch, w * patch): the mirror of `ViTEncoder`, arguments as there."""
+    """(B, latent, h, w) -> (B, out_channels, h * patch, w * patch): the mirror of `ViTEncoder`, arguments as there.
+
+    Examples:
+        >>> import torch
+        >>> from latticode.autoencoders import ViTDecoder
+        >>> decoder = ViTDecoder(3, latent=8, patch=4, width=16, depth=1, heads=2, side=4)
+        >>> decoder(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 3, 16, 16])
+    """
 
     def __init__(
         self,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from latticode.core.mappings import is_mapping
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Generator[Path]:
     """Yields a temporary name beside `path`, to be written to; afterwards it is flushed to disk and takes the place of
     `path`. A reader sees the old file or the new one, and an exception leaves the old one and nothing else."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def read_json(path: Path, needs: Mapping[str, type | tuple[type, ...]] | None = 
         raise ValueError(f"{path} is not JSON: {error}") from None
     if needs is None:
         return content
-    if not isinstance(content, dict):
+    if not is_mapping(content):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     for key, kind in needs.items():
         kinds = kind if isinstance(kind, tuple) else (kind,)

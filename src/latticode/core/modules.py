@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def keeping_modes(*modules: Any) -> Iterator[None]:
+def keeping_modes(*modules: Any) -> Generator[None]:
     """Puts back the training or eval mode of every submodule at the end; what is no module is passed over."""
     modes = [(m, m.training) for root in modules if isinstance(root, nn.Module) for m in root.modules()]
     try:
@@ -22,7 +22,7 @@ def keeping_modes(*modules: Any) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(*modules: Any) -> Iterator[None]:
+def evaluating(*modules: Any) -> Generator[None]:
     """Eval mode and inference mode inside; every submodule's own mode is put back afterwards."""
     with keeping_modes(*modules):
         for root in modules:

@@ -53,6 +53,11 @@ class Table(MutableMapping[str, T], Generic[T]):
     Args:
         kind: one of `KINDS`.
         own: this package's names. Plug-ins cannot replace them.
+
+    Examples:
+        >>> from latticode.losses import TERMS
+        >>> "mse" in TERMS, "no such loss" in TERMS
+        (True, False)
     """
 
     def __init__(self, kind: str, own: Mapping[str, T]):

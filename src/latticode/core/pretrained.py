@@ -30,7 +30,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and metadata of `save_tensors`. Raises ValueError for a file that is not one."""
     metadata = read_metadata(path)
-    with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+    with _opened(path) as file:
         return {k: file.get_tensor(k) for k in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
 
 
@@ -48,14 +48,29 @@ def read_spec(folder: Path) -> registry.Spec:
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of `save_tensors` without the tensors. Raises ValueError for a file that is not one."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with _opened(path) as file:
             return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no latticode file: {error}") from None
 
 
+def _opened(path: Path) -> Any:
+    """A safetensors file; the library has no types."""
+    return safetensors.safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+
+
 class Pretrained(nn.Module):
-    """Gives a registered model `save_pretrained` and `from_pretrained`."""
+    """Gives a registered model `save_pretrained` and `from_pretrained`.
+
+    Examples:
+        >>> import tempfile, latticode
+        >>> from latticode.tokenizers.palette import Palette
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = Palette(8)
+        ...     loaded = latticode.load(saved.save_pretrained(folder))
+        >>> type(loaded).__name__, loaded.training, loaded.fingerprint() == saved.fingerprint()
+        ('Palette', False, True)
+    """
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` (the spec, for people) and `model.safetensors` (weights, spec, schema) to `folder`."""
@@ -95,7 +110,19 @@ def save_model(model: nn.Module, folder: Path, weights: Mapping[str, Tensor]) ->
 
 
 def load_model(folder: str | Path) -> Any:
-    """The model in `folder`, whatever its type, in eval mode; strict."""
+    """The model in `folder`, of a run or of `save_pretrained`, whatever its type, in eval mode; strict.
+
+    Raises FileNotFoundError where there is none, ValueError for another schema and for weights that do not fit, and
+    SpecError for a class that nobody has registered here (`latticode.register`): no file can name code to import.
+
+    Examples:
+        >>> import tempfile, latticode
+        >>> from latticode.tokenizers.palette import Palette
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loaded = latticode.load(Palette(8).save_pretrained(folder))
+        >>> type(loaded).__name__, loaded.vocab
+        ('Palette', (8,))
+    """
     folder = Path(folder)
     spec = read_spec(folder)
     model = registry.build(spec)

@@ -4,7 +4,7 @@ records that were skipped."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -58,7 +58,7 @@ def _kept() -> Column:
 
 
 @contextmanager
-def part_of(whole: str, named: set[str]) -> Iterator[None]:
+def part_of(whole: str, named: set[str]) -> Generator[None]:
     """Work within is a part of `whole` and says so: its bars vanish once they are full, its lines are rare, and parts
     that share `named` name a skipped record once."""
     before = _PART.set(_Part(whole, named))
@@ -71,7 +71,7 @@ def part_of(whole: str, named: set[str]) -> Iterator[None]:
 @contextmanager
 def progress(
     console: Console, title: str, total: int, *, unit: str = "images", scale: float = 1, start: int = 0
-) -> Iterator[Advance]:
+) -> Generator[Advance]:
     """Yield `advance(done, **shown)` for `total` pieces of work, `scale` units each, of which `start` are done."""
     part = _PART.get()
     title = f"{part.whole}: {title}" if part else title
@@ -96,7 +96,7 @@ def progress(
 @contextmanager
 def _lines(
     console: Console, title: str, total: int, unit: str, scale: float, start: int, pause: float
-) -> Iterator[Advance]:
+) -> Generator[Advance]:
     begun = last = time.monotonic()
     printed = start * 10 // max(total, 1)
 
@@ -118,7 +118,7 @@ def _lines(
 def tell_skipped(console: Console, skipped: Mapping[str, str]) -> None:
     """Name and count the records that could not be read; `skipped` is name -> reason."""
     part = _PART.get()
-    named = part.named if part else set()
+    named = part.named if part else set[str]()
     new = {name: reason for name, reason in skipped.items() if name not in named}
     for name, reason in new.items():
         console.print(f"skipped {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
@@ -128,7 +128,7 @@ def tell_skipped(console: Console, skipped: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def watched(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+def watched(console: Console, title: str) -> Generator[Callable[[int, int], None]]:
     """A bar whose total is known only once the work reports it: yields hook(done, total)."""
     with ExitStack() as stack:
         advance: Callable[..., None] | None = None

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from latticode.core import renamed
+from latticode.core.mappings import is_list, is_mapping
 from latticode.core.plugins import Table, address, load_plugins, register
 
 Spec = dict[str, Any]
@@ -144,9 +145,9 @@ def check(spec: Mapping[str, Any], path: str = "") -> None:
     if missing:
         raise SpecError(f"{here}: type {spec['type']!r} lacks {', '.join(missing)}; valid: {', '.join(parameters)}")
     for key, value in spec.items():
-        for index, inner in enumerate(value if isinstance(value, list | tuple) else [value]):
-            if isinstance(inner, Mapping) and "type" in inner:
-                suffix = f".{index}" if isinstance(value, list | tuple) else ""
+        for index, inner in enumerate(value if is_list(value) else [value]):
+            if is_mapping(inner) and "type" in inner:
+                suffix = f".{index}" if is_list(value) else ""
                 check(inner, f"{path}.{key}{suffix}" if path else f"{key}{suffix}")
 
 
@@ -155,16 +156,25 @@ def build(spec: Mapping[str, Any]) -> Any:
 
     Raises SpecError for unknown types, unknown keys and missing keys (with the valid ones), and whatever the
     constructor raises for bad values.
+
+    Examples:
+        >>> import latticode
+        >>> latticode.build({"type": "residual", "stages": {"type": "fsq", "levels": [5, 3]}, "depth": 2}).vocab
+        (15, 15)
+        >>> latticode.build({"type": "fsq", "level": [5, 3]})
+        Traceback (most recent call last):
+        ...
+        latticode.core.registry.SpecError: spec: unknown key 'level' for type 'fsq'; nearest: levels; valid: ...
     """
     check(spec)
     return _build(renamed.spec(spec))
 
 
 def _build(value: Any) -> Any:
-    if isinstance(value, Mapping) and "type" in value:
+    if is_mapping(value) and "type" in value:
         arguments = {key: _build(inner) for key, inner in value.items() if key != "type"}
         return resolve(value["type"])(**arguments)
-    if isinstance(value, list | tuple):
+    if is_list(value):
         return [_build(inner) for inner in value]
     return value
 
@@ -182,7 +192,7 @@ def spec_of(module: nn.Module) -> Spec:
             f"{cls.__name__}) before it is saved and again wherever it is loaded, or have a package installed there "
             "that does (its entry point latticode.plugins)"
         )
-    spec = {"type": name}
+    spec: Spec = {"type": name}
     for key in parameters_of(cls):
         if not hasattr(module, key):
             raise SpecError(
@@ -210,9 +220,9 @@ def _name_of(cls: type) -> str | None:
 
 def essence(spec: Any) -> Any:
     """`spec` without what is a constructor's default: it stays the same when a class gets a further option."""
-    if isinstance(spec, list | tuple):
+    if is_list(spec):
         return [essence(inner) for inner in spec]
-    if not isinstance(spec, Mapping) or "type" not in spec:
+    if not is_mapping(spec) or "type" not in spec:
         return spec
     parameters = parameters_of(resolve(spec["type"])).items()
     defaults = {key: _plain(p.default, key) for key, p in parameters if p.default is not p.empty}
@@ -221,11 +231,11 @@ def essence(spec: Any) -> Any:
 
 def _plain(value: Any, place: str) -> Any:
     """A constructor's argument as data. Raises SpecError for what a spec cannot hold."""
-    if isinstance(value, nn.ModuleList | list | tuple):
+    if is_list(value) or isinstance(value, nn.ModuleList):
         return [_plain(inner, place) for inner in value]
     if isinstance(value, nn.Module):
         return spec_of(value)
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {str(key): _plain(inner, f"{place}.{key}") for key, inner in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from latticode.core.mappings import is_list, is_mapping
+
 TYPES = {  # of specs
     "patch_critic": "patch_discriminator",
     "stylegan_critic": "stylegan_discriminator",
@@ -60,11 +62,11 @@ def spec(value: Any) -> Any:
         >>> spec({"type": "adversarial", "critic": {"type": "patch_critic", "width": 8}})
         {'type': 'adversarial', 'discriminator': {'type': 'patch_discriminator', 'width': 8}}
     """
-    if isinstance(value, list | tuple):
+    if is_list(value):
         return [spec(inner) for inner in value]
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         return value
-    result = {key: spec(inner) for key, inner in value.items()}
+    result: dict[str, Any] = {key: spec(inner) for key, inner in value.items()}
     kind = result.get("type")
     if not isinstance(kind, str):
         return result
@@ -97,6 +99,6 @@ def state_key(key: str) -> str:
 
 def _over(value: Any, change: Any) -> Any:
     """`value` with `change` laid over it: key by key, unless `change` is a whole spec or no mapping."""
-    if not isinstance(value, Mapping) or not isinstance(change, Mapping) or "type" in change:
+    if not is_mapping(value) or not is_mapping(change) or "type" in change:
         return change
     return {**value, **{key: _over(value.get(key), inner) for key, inner in change.items()}}

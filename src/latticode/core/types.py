@@ -16,7 +16,7 @@ class Quantized:
 
     latents: Tensor  # (B, *grid, D), what the decoder sees; carries the gradient
     codes: Tensor  # (B, *grid, K) int64; K codes per position, never squeezed
-    losses: Mapping[str, Tensor] = field(default_factory=dict)  # unweighted scalars by name; empty for FSQ
+    losses: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # unweighted scalars by name; empty for FSQ
 
 
 @dataclass(frozen=True)

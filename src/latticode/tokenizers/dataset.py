@@ -34,7 +34,7 @@ def encode(
     than `tile` are encoded in tiles, see `tiling.encode`. With `resume` the shards that are there are kept and the rest
     is encoded. Raises ValueError if `folder` holds other tokens.
     """
-    identity = {"tokenizer": registry.spec_of(tokenizer), "tokenizer_hash": tokenizer.fingerprint()}
+    identity: dict[str, Any] = {"tokenizer": registry.spec_of(tokenizer), "tokenizer_hash": tokenizer.fingerprint()}
     if resume and (folder / MANIFEST).exists():
         try:
             return TokenDataset(folder, expect_hash=identity["tokenizer_hash"], expect_spec=identity["tokenizer"])

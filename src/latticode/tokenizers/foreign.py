@@ -27,6 +27,20 @@ class Foreign(Tokenizer):
 
     Raises:
         ValueError: for codes of another shape, type or range than announced, and outputs of another shape.
+
+    Examples:
+        >>> from latticode import Foreign
+        >>> import torch
+        >>> def encode(images):  # somebody else's: the mean of each patch, in 16 steps
+        ...     means = torch.nn.functional.avg_pool2d(images, 4).mean(1)
+        ...     return ((means + 1) / 2 * 15).round().long()
+        >>> def decode(codes):
+        ...     grey = codes[:, None].repeat_interleave(4, 2).repeat_interleave(4, 3) / 15 * 2 - 1
+        ...     return grey.expand(-1, 3, -1, -1)
+        >>> theirs = Foreign(encode, decode, vocab=16, stride=4)
+        >>> result = theirs(torch.rand(2, 3, 10, 12) * 2 - 1)
+        >>> result.codes.shape, result.output.shape
+        (torch.Size([2, 3, 3, 1]), torch.Size([2, 3, 10, 12]))
     """
 
     def __init__(
@@ -65,8 +79,9 @@ class Foreign(Tokenizer):
             wanted = f"integer codes {expected} for images {tuple(x.shape)}"
             raise ValueError(f"encode should give {wanted}, got {described(codes)}")
         low, high = codes.flatten(0, -2).aminmax(dim=0)
-        if int(low.min()) < 0 or any(h >= size for h, size in zip(high.tolist(), self.vocab, strict=True)):
-            raise ValueError(f"encode gave codes {int(low.min())} .. {high.tolist()} where vocab is {self.vocab}")
+        least, most = int(low.min()), [int(h) for h in high]
+        if least < 0 or any(h >= size for h, size in zip(most, self.vocab, strict=True)):
+            raise ValueError(f"encode gave codes {least} .. {most} where vocab is {self.vocab}")
         return codes.long()
 
     def _decode(self, codes: Tensor) -> Tensor:

@@ -28,6 +28,21 @@ class HierarchicalTokenizer(Tokenizer):
     Args:
         encoder, quantizer, decoder, pixels, gain, feedback: of the finest level, as for `Tokenizer`; `lead` must be 0.
         top: its `channels` are the encoder's `latent`; its decoder may have any `out_channels`. It has no `pixels`.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import FSQ, Tokenizer
+        >>> from latticode.autoencoders import ResidualDecoder, ResidualEncoder
+        >>> from latticode.tokenizers.hierarchical import HierarchicalTokenizer
+        >>> small = dict(latent=16, hidden=8, stride=2)
+        >>> top = Tokenizer(ResidualEncoder(16, **small), FSQ([5, 5]), ResidualDecoder(16, **small))
+        >>> fine = ResidualEncoder(3, **small), FSQ([4, 4]), ResidualDecoder(3, **small)
+        >>> tokenizer = HierarchicalTokenizer(*fine, top).eval()
+        >>> codes = tokenizer.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+        >>> codes.shape, tokenizer.vocab
+        (torch.Size([2, 4, 4, 5]), (25, 16, 16, 16, 16))
+        >>> [tuple(level.shape) for level in tokenizer.levels(codes)]
+        [(2, 4, 4, 1), (2, 8, 8, 1)]
     """
 
     def __init__(

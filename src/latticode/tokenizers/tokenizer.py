@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,22 @@ class Tokenizer(Pretrained):
     `encode` and `forward` raise ValueError for another number of channels or axes, an axis without samples, another
     type than floats and, in eval mode, values that are not finite (in training the loss shows them; looking would make
     a GPU wait at every step).
+
+    Examples:
+        >>> import torch
+        >>> from latticode import FSQ, Tokenizer
+        >>> from latticode.autoencoders import ResidualDecoder, ResidualEncoder
+        >>> _ = torch.manual_seed(0)
+        >>> encoder, decoder = ResidualEncoder(3, latent=16, hidden=8), ResidualDecoder(3, latent=16, hidden=8)
+        >>> tokenizer = Tokenizer(encoder, FSQ([8, 5, 5, 5]), decoder).eval()
+        >>> images = torch.rand(2, 3, 30, 32) * 2 - 1
+        >>> codes = tokenizer.encode(images)
+        >>> codes.shape, tokenizer.stride, tokenizer.vocab, round(tokenizer.bits, 2)
+        (torch.Size([2, 8, 8, 1]), 4, (1000,), 9.97)
+        >>> tokenizer.decode(codes, (30, 32)).shape  # padded to 32 x 32 and cropped again
+        torch.Size([2, 3, 30, 32])
+        >>> torch.equal(tokenizer(images).codes, codes)
+        True
     """
 
     guides = False  # its codes can be decoded by themselves (`latticode.core.types.Coder`)
@@ -140,7 +157,8 @@ class Tokenizer(Pretrained):
         output, codes, losses = self._reconstruct(self._padded(images))
         output = self._cropped(output, images.shape[2:])
         if self.pixels is not None:
-            losses = {**losses, self.pixels.name: self.pixels.nll(output, images)}  # type: ignore[operator]
+            likelihood: Any = self.pixels
+            losses = {**losses, likelihood.name: likelihood.nll(output, images)}
         return Reconstruction(self._shown(output), codes, losses)
 
     def levels(self, codes: Tensor) -> list[Tensor]:

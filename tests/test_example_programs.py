@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SOURCE = Path(importlib.util.find_spec("latticode").origin).parents[1]  # type: ignore[union-attr, arg-type]
 
