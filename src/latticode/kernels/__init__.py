@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ _active = "fast"
 
 
 @contextmanager
-def use(name: str) -> Iterator[None]:
+def use(name: str) -> Generator[None, None, None]:
     """Run the kernels of `name`, "fast", "portable" or "reference", inside the block; the whole process is switched."""
     global _active
     if name not in _NEAREST:
@@ -167,7 +167,7 @@ library.register_autograd("latticode::to_lattice", _to_lattice_gradients, setup_
 
 def _lattice_kernel(name: str, z: Tensor) -> Callable[..., Any]:
     """The function `name` for the device of `z`: the specification where there is no fast one."""
-    if _active == "fast" and z.is_cuda and nearest._has_triton():
+    if _active == "fast" and z.is_cuda and nearest.has_triton():
         from latticode.kernels import lattice_triton
 
         return getattr(lattice_triton, name)

@@ -3,6 +3,8 @@
 Never imported before a CUDA tensor comes by, since importing Triton takes time.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import functools

@@ -14,7 +14,7 @@ from latticode.kernels.tiles import tiled
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """For each row of `x` (N, d) the row of `codebook` (K, d) at the least Euclidean distance: (N,) int64."""
     double = torch.float64 in (x.dtype, codebook.dtype)
-    if x.is_cuda and not double and _has_triton():
+    if x.is_cuda and not double and has_triton():
         from latticode.kernels import nearest_triton
 
         return nearest_triton.nearest_code(x, codebook)
@@ -22,5 +22,5 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -6,6 +6,8 @@ lie within rounding error of each other, one in thousands, is searched again by 
 Never imported before a CUDA tensor comes by, since importing Triton takes time.
 """
 
+# pyright: standard
+
 from __future__ import annotations
 
 import torch

@@ -15,7 +15,7 @@ lie in clusters far apart for their width), or with none (overflow), are few in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -70,7 +70,7 @@ def tiled(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
+def full_float32() -> Generator[None, None, None]:
     """No TF32 and no bf16 inside matrix products, whatever a training script has set for its network."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
