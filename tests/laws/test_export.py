@@ -56,6 +56,7 @@ def test_onnx_of_any_size(name: str) -> None:
     }
     program = torch.export.export(Both(tokenizer), (x, tokenizer.encode(x)), dynamic_shapes=shapes)
     onnx = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
+    assert onnx is not None
     session = onnxruntime.InferenceSession(onnx.model_proto.SerializeToString())
     names = [one.name for one in session.get_inputs()]
     for strides, extra in ((2, whole), (4, odd), (5, whole)):

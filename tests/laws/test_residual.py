@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -229,9 +229,7 @@ def test_no_code_ends_the_refinement():
     short[0, 1:], short[1, 2], short[2, 1] = -1, -1, -1  # the last misses a code of the inner one only
     expected = quantizer.decode(codes)
     expected[0], expected[1] = quantizer.decode(codes[0, :1]), quantizer.decode(codes[1, :2])
-    outer, last = list(quantizer._sequence)
-    assert isinstance(outer, Quantizer)
-    assert isinstance(last, Quantizer)
+    outer, last = cast(Any, quantizer._sequence)
     expected[2] = outer.decode(codes[2, :1]) + last.decode(codes[2, 2:])
     assert torch.equal(quantizer.decode(short), expected)
     after = codes.clone()

@@ -81,8 +81,7 @@ def test_every_registered_autoencoder_is_held_to_the_contract() -> None:
 @pytest.mark.parametrize("networks", PAIRS.values(), ids=PAIRS)
 def test_the_contract_of_autoencoders(networks: tuple[dict[str, Any], dict[str, Any]]) -> None:
     encoder, decoder = map(build, networks)
-    assert isinstance(encoder, Encoder)
-    assert isinstance(decoder, Decoder)
+    assert all(isinstance(network, kind) for network, kind in ((encoder, Encoder), (decoder, Decoder)))
     try_out(encoder, decoder)
     try_out(encoder, decoder, positions=6)
     if (reach := getattr(encoder, "reach", None)) is not None:

@@ -61,9 +61,10 @@ def test_transformer() -> None:
 
 
 def test_residual_quantizer() -> None:
-    quantizer = Residual(VQ(20, 6, kmeans=False), 3).eval()
+    book = VQ(20, 6, kmeans=False)
+    quantizer = Residual(book, 3).eval()
     with torch.no_grad():
-        quantizer.stages.embedding.weight.copy_(normal("rq.book", (20, 6)))
+        book.embedding.weight.copy_(normal("rq.book", (20, 6)))
     z = normal("rq.z", (2, 4, 4, 6), 2.0).requires_grad_()
     out = quantizer(z)
     out.losses["commitment"].backward()

@@ -236,10 +236,11 @@ class Listener(Prior):
         self.text, self.deaf = Reader() if reads else None, deaf
         self.told: list[Conditioning | None] = []
 
-    def _nats(self, *_: Any) -> Any:
+    def _nats(self, codes: Tensor, condition: Any) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    _draw = _nats
+    def _draw(self, known: Tensor, condition: Any, noise: Tensor, choose: Any) -> Tensor:
+        raise NotImplementedError
 
     def loss(self, codes: Tensor, cond: Conditioning | None = None, soft: Tensor | None = None) -> dict[str, Tensor]:
         self.told.append(cond)

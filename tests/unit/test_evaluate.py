@@ -84,10 +84,11 @@ class FakePrior(Prior):
         super().__init__([256], [2, 2], classes)
         self.calls: list[tuple[int, int, int, Sampling]] = []
 
-    def _nats(self, *_: Any) -> Any:
+    def _nats(self, codes: Tensor, condition: Any) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    _draw = _nats
+    def _draw(self, known: Tensor, condition: Any, noise: Tensor, choose: Any) -> Tensor:
+        raise NotImplementedError
 
     def bits(self, codes: Tensor, cond: Conditioning | None = None) -> Tensor:
         if cond is None or cond.labels is None:

@@ -26,7 +26,7 @@ from latticode.study import QUANTIZERS, Plan, parse_budget, parse_shard, parse_s
 from latticode.study import plan as study_plan
 from latticode.study import run as study_run
 from latticode.study.page import charts
-from latticode.study.plan import Cost, Job, between, check_same, read_plan, steps_for, variant
+from latticode.study.plan import Cost, Job, between, check_same, choice, read_plan, steps_for, variant
 from latticode.study.run import calibrated
 from latticode.study.table import over_seeds, read_rows
 from latticode.viz import figures
@@ -88,7 +88,7 @@ def test_every_quantizer_has_the_size_and_a_weight_for_each_loss(name, size) -> 
     quantizer = registry.build(config.spec["quantizer"])
     (codes,) = quantizer.vocab
     assert codes == (recommend(size=size).size if name == "fsq" else size)
-    assert config.weights.keys() == {"mse", *QUANTIZERS[name](size).weights}
+    assert config.weights.keys() == {"mse", *choice(name, size).weights}
     assert (config.seed, config.data.source) == (3, "embedded:digits")
 
 
