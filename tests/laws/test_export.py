@@ -37,6 +37,7 @@ def inputs_of(tokenizer: Tokenizer, count: int, strides: int, extra: tuple[int, 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", [*KINDS, *MORE])
+@pytest.mark.slow
 def test_onnx_of_any_size(name: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

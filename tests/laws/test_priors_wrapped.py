@@ -38,6 +38,7 @@ def learned(module: nn.Module, *inputs: Any) -> tuple[dict[str, Tensor], list[Te
 
 
 @every_prior
+@pytest.mark.slow
 def test_a_wrapped_prior_learns_and_samples_as_it_does_alone(spec: dict[str, Any], group: None):
     prior, sampling = build(spec), Sampling(steps=3, guidance=1.0)
     codes, cond = random_codes(prior, 3), conditioning(prior, 3)
@@ -72,6 +73,7 @@ COMPILED = (  # one of each class; to read captions is work for the host, which 
 
 
 @pytest.mark.parametrize("spec", [CASES[name] for name in COMPILED], ids=COMPILED)
+@pytest.mark.slow
 def test_the_loss_is_one_graph(spec: dict[str, Any]):
     prior = build(spec)
     codes, cond = random_codes(prior, 3), conditioning(prior, 3)
