@@ -73,6 +73,16 @@ def test_a_random_crop_reaches_every_place(width: int, height: int) -> None:
     assert seen == set(values[: height - 1, : width - 1].flat)
 
 
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_an_odd_rest_of_a_centred_crop_is_less_on_the_left_and_above(crop: str) -> None:
+    """What is evaluated, and what token datasets hold, was cut so."""
+    values = np.arange(10, dtype=np.uint8)
+    wide, tall = np.stack([values[:5], values[5:]]), np.stack([values[:5], values[5:]], 1)
+    preprocess = Preprocess(2, 1, crop=crop)
+    assert preprocess(wide)[0].tolist() == [[1, 2], [6, 7]]
+    assert preprocess(tall)[0].tolist() == [[1, 6], [2, 7]]
+
+
 def test_a_random_part_of_a_photograph_reaches_every_place() -> None:
     crop = DensePreprocess(2, crop="inception", area=(4 / 36, 4 / 36), aspect=(1, 1))
     values = np.arange(36, dtype=np.uint8).reshape(6, 6)
