@@ -216,7 +216,7 @@ def test_the_command_line_predicts_and_refuses(runs, photographs, tmp_path):
     with pytest.raises(ValueError, match="torn"):
         predict(two, photographs / "torn.png", tmp_path / "none", console=QUIET)
     for run in (one, two):
-        with pytest.raises(ValueError, match="of use beside an image only: see predict"):
+        with pytest.raises(ValueError, match="can only be used beside an image; see predict"):
             _ = Run.open(run, "cpu").tokenizer
     with pytest.raises(ValueError, match="not for dense tasks"):
         evaluate(one, EvaluationRequest(own_size=True), console=QUIET)
