@@ -215,6 +215,9 @@ def test_the_command_line_predicts_and_refuses(runs, photographs, tmp_path):
     assert "ceiling" in call.output
     with pytest.raises(ValueError, match="torn"):
         predict(two, photographs / "torn.png", tmp_path / "none", console=QUIET)
+    for run in (one, two):
+        with pytest.raises(ValueError, match="can only be used beside an image; see predict"):
+            _ = Run.open(run, "cpu").tokenizer
     with pytest.raises(ValueError, match="not for dense tasks"):
         evaluate(one, EvaluationRequest(own_size=True), console=QUIET)
     other = tiny_tokenizer(tmp_path / "tokenizer")
