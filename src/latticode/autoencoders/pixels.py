@@ -1,4 +1,4 @@
-"""What a decoder's output says of the pixels, where it is more than the image itself."""
+"""Distributions of pixels that a decoder's output parameterizes: the logit-Laplace likelihood of DALL-E's dVAE."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def evaluate(
     perceptual: Annotated[
         str | None, typer.Option(help="Perceptual distance: `lpips` or the folder of a classifier run.")
     ] = None,
-    classifier: Annotated[Path | None, typer.Option(help="Classifier run that judges the samples' labels.")] = None,
+    classifier: Annotated[Path | None, typer.Option(help="Classifier run for the label accuracy of samples.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples drawn from a prior.")] = 1000,
     limit: Annotated[int | None, typer.Option(min=1, help="Score on the first N images only.")] = None,
     sampling: Sampling,

@@ -1,4 +1,4 @@
-"""What long work says: a live bar with rate and time left on a terminal, a plain line every tenth elsewhere, and the
+"""Progress of long work: a live bar with rate and time left on a terminal, a plain line every tenth elsewhere, and the
 records that were skipped."""
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class CodeBatch:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a prior is told. A label of -1 and an empty text ask for an unconditional sample."""
+    """The condition of a prior. A label of -1 and an empty text ask for an unconditional sample."""
 
     labels: Tensor | None = None  # (B,) int64
     texts: tuple[str, ...] | None = None  # one for each of the B images

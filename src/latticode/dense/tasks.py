@@ -1,4 +1,4 @@
-"""Dense prediction: what a task shows of its examples, what it is scored on, and what a prediction is.
+"""Dense tasks: depth estimation, panoptic segmentation, colorization; each with its losses, metrics and pictures.
 
 A dense example is one integer tensor: RGB 0..255, then the label maps of its task (`data.dense`). Everything that a
 model knows of a task is in these objects, which have no parameters. Sources: UViM (arXiv 2205.10337) and FSQ (arXiv

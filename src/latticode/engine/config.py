@@ -1,4 +1,4 @@
-"""What a run is: the recipe's schema, its overrides, and its completion from data and tokenizer."""
+"""Configuration of a run: the recipe's schema, its overrides, and its completion from data and tokenizer."""
 
 from __future__ import annotations
 

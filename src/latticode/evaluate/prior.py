@@ -80,11 +80,11 @@ def evaluate_prior(
         tokenizer: the one whose codes the prior was trained on.
         loader: held-out (test) images with labels.
         samples: how many to draw, their labels balanced over the classes; `seed` fixes them for any `batch_size`. A
-            prior that reads text is asked for the captions of the held-out images, and judged by those images' labels.
+            prior that reads text gets the captions of the held-out images, and is scored by those images' labels.
         features: names the keys `fid_<name>` (gFID), `precision_<name>`, `recall_<name>`; needs `reference`.
         reference: of the training set. The held-out images are measured against it like the samples, by as many of them
             as there are samples if there are, because the number of images biases these numbers.
-        classifier: judges whether a sample shows the label asked for. Better not the network behind `features`.
+        classifier: tells whether a sample shows its class. Better not the network behind `features`.
         label_of: codes to logits of their labels, of a prior that was fine-tuned to classify; gives the key `accuracy`.
         limit: stop after this many held-out images.
 

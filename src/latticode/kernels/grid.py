@@ -1,4 +1,4 @@
-"""What a finite scalar quantizer is, in numbers: one affine, activation, rounding and affine again for every bound.
+"""The lattice of FSQ, in numbers: one affine, activation, rounding and affine again for every bound.
 
 For each channel i, in float32 and op for op:
 

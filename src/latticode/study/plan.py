@@ -69,7 +69,7 @@ def _even_fsq(level: int, size: int) -> Choice:
 
 
 def _vq(size: int) -> Choice:
-    """The FSQ paper's rival, which is MaskGIT's: learned by gradients, with the entropy losses, without restarts."""
+    """The VQ of the FSQ paper, MaskGIT's: learned by gradients, with the entropy losses, without restarts."""
     spec = {"type": "vq", "size": size, "dim": 8, "update": "gradient", "entropy": 0.01}
     weights = {"codebook": 1.0, "commitment": 0.06, **_entropies(0.004)}
     return Choice({**spec, "kmeans": False, "restart": 0.0}, weights)
