@@ -2,8 +2,9 @@
 
 `vqgan_losses.npz` holds outputs, run once in float32 with torch 2.13 on a CPU, of CompVis/taming-transformers at
 3ba01b2 (hinge_d_loss, vanilla_d_loss, calculate_adaptive_weight, NLayerDiscriminator(3, 8, 2) in eval mode),
-google/lecam-gan at f9af948 (lecam_reg with means 0.3 and -0.2), openai/DALL-E at 5be4b23 (map_pixels, unmap_pixels) and
-zhaoyue-zephyrus/bsq-vit at 37d212d (LogitLaplaceLoss; DALL-E's own code of it is not public).
+google/lecam-gan at f9af948 (lecam_reg with means 0.3 and -0.2), TencentARC/SEED-Voken at b9a17ea (LeCAM_EMA with decay
+0.9), openai/DALL-E at 5be4b23 (map_pixels, unmap_pixels) and zhaoyue-zephyrus/bsq-vit at 37d212d (LogitLaplaceLoss;
+DALL-E's own code of it is not public).
 """
 
 from __future__ import annotations
@@ -53,6 +54,13 @@ def test_lecam() -> None:
     penalty.real.fill_(0.3)
     penalty.fake.fill_(-0.2)
     close(penalty.eval()(REAL, FAKE), EXPECTED["lecam"])
+
+
+def test_running_means_of_lecam() -> None:
+    """Three training steps without the ramp, as Open-MAGVIT2 has them."""
+    penalty = LeCam(0.9, ramp=False).train()
+    steps = [penalty(normal(f"lecam.real{i}", (4, 1)), normal(f"lecam.fake{i}", (4, 1))) for i in range(3)]
+    close(torch.stack(steps), EXPECTED["lecam_steps"])
 
 
 def test_pixels_of_dalle() -> None:

@@ -73,7 +73,8 @@ class LeCam(nn.Module):
     """LeCam regularization: E max(0, D(x) - m_fake)^2 + E max(0, m_real - D(x'))^2, m running means of the logits.
 
     Tseng et al. 2021, arXiv 2104.03310, eq. 3, with the authors' rectifiers: only logits that are further apart than
-    the means are drawn together. The means run over all ranks; their decay rises as (1 + t) / (10 + t) to `decay`.
+    the means are drawn together. The means run over all ranks; their decay rises as (1 + t) / (10 + t) to `decay`, or
+    with `ramp=False` is `decay` from the first step on, which starts from means of 0, as in public code.
 
     Examples:
         >>> float(LeCam()(torch.tensor([2.0]), torch.tensor([-1.0])))  # (2 + 1)^2 + (2 + 1)^2
@@ -84,9 +85,9 @@ class LeCam(nn.Module):
     fake: Tensor
     updates: Tensor
 
-    def __init__(self, decay: float = 0.999):
+    def __init__(self, decay: float = 0.999, ramp: bool = True):
         super().__init__()
-        self.decay = decay
+        self.decay, self.ramp = decay, ramp
         for name in ("real", "fake", "updates"):
             self.register_buffer(name, torch.zeros(()))
 
@@ -97,7 +98,8 @@ class LeCam(nn.Module):
 
     def _update(self, *means: Tensor) -> None:
         now = [total / distributed.world_size() for total in distributed.all_sum(means)]
-        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay) * (self.updates > 0)
+        rising = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay) * (self.updates > 0)
+        decay = rising if self.ramp else torch.full_like(rising, self.decay)
         for running, mean in zip((self.real, self.fake), now, strict=True):
             running.copy_(torch.lerp(mean, running, decay))
         self.updates += 1
