@@ -93,6 +93,7 @@ def graph(quantizer: Quantizer) -> str:
     return exported(quantizer).graph_module.print_readable(print_output=False, include_stride=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["fsq-8555", "lfq", "vq-normalize", "grouped"])
 def test_onnx_of_a_quantizer_as_it_stands(name: str):
@@ -104,6 +105,7 @@ def test_onnx_of_a_quantizer_as_it_stands(name: str):
     shapes = {"z": {0: torch.export.Dim("batch")}}
     sample = (latents(6, quantizer.dim),)
     program = torch.onnx.export(quantizer.eval(), sample, dynamic_shapes=shapes, dynamo=True, verbose=False)
+    assert program is not None
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     z = latents(41, quantizer.dim, seed=3)
     found = session.run(None, {session.get_inputs()[0].name: z.numpy()})

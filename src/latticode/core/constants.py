@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latticode.core.modes import exporting, transformed
+
 
 def constant(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`numbers` (n,) as a tensor (n,), not to be written to, and without a copy that a GPU would have to wait for.
@@ -20,14 +22,14 @@ def constant(numbers: Sequence[float], dtype: torch.dtype, device: torch.device)
         >>> constant([8, 5, 5, 5], torch.int64, torch.device("cpu"))
         tensor([8, 5, 5, 5])
     """
-    if getattr(torch.compiler, "is_exporting", bool)():  # torch before 2.7 has none
+    if exporting():
         return torch.tensor(numbers, dtype=dtype, device=device)
     if torch.compiler.is_compiling():  # it fuses these; a list would be copied to a GPU in every call
         return torch.stack([torch.full((), number, dtype=dtype, device=device) for number in numbers])
     if device.type in ("cpu", "meta"):
         return torch.tensor(numbers, dtype=dtype, device=device)
     kept = _kept(tuple(numbers), dtype, device)
-    if type(kept) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(kept):
+    if type(kept) is not Tensor or transformed(kept):
         _kept.cache_clear()  # it belongs to a trace or a transform that ends
     return kept
 

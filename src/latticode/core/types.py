@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class Quantized(NamedTuple):
     """What a quantizer returns; `latents, codes, losses = quantizer(z)` works as well.
 
     Examples:
+        >>> import torch
         >>> from latticode import FSQ
         >>> out = FSQ([3, 5, 4])(torch.tensor([[0.25, 0.6, -7.0]]))
         >>> out.latents, out.codes, out.losses
@@ -54,7 +55,9 @@ class Softened(NamedTuple):
 
 
 for _struct in (Quantized, Reconstruction, Guided, Softened):  # by name in the files of `torch.export.save`
-    torch.utils._pytree._register_namedtuple(_struct, serialized_type_name=f"latticode.{_struct.__name__}")
+    _pytree._register_namedtuple(  # pyright: ignore[reportPrivateUsage]
+        _struct, serialized_type_name=f"latticode.{_struct.__name__}"
+    )
 
 Texts = tuple[tuple[str, ...], ...]  # of each of the B examples, all its captions; empty where the source has none
 

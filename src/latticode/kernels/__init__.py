@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from latticode.core import modes
 from latticode.kernels import entropies, lattice, native, nearest, reference, stages, tiles, traced, vocabulary
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, empty_like
@@ -69,7 +70,7 @@ def _nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         return _NEAREST[_active](x, codebook)
 
 
-@library.register_vmap("latticode::nearest_code")
+@library.register_vmap("latticode::nearest_code")  # pyright: ignore[reportOptionalCall]
 def _(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, codebook: Tensor) -> tuple[Tensor, int]:
     if in_dims[1] is None:
         x = x.movedim(in_dims[0] or 0, 0)
@@ -136,7 +137,8 @@ class _ToLattice(torch.autograd.Function):
             return _lattice_kernel("to_lattice_backward", z)(gradient, z, ctx.lattice), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], z: Tensor, lattice: Lattice) -> tuple[Any, tuple[int, int]]:
+    def vmap(info: Any, in_dims: tuple[int, None], *inputs: Any) -> tuple[Any, tuple[int, int]]:
+        z, lattice = inputs
         return _ToLattice.apply(z.movedim(in_dims[0], 0), lattice), (0, 0)
 
 
@@ -248,7 +250,8 @@ class _ToLattices(torch.autograd.Function):
             return kernel(gradient, z, *ctx.description), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None, None], z: Tensor, lattice: Lattice, depth: int) -> Any:
+    def vmap(info: Any, in_dims: tuple[int, None, None], *inputs: Any) -> tuple[Any, tuple[int, int]]:
+        z, lattice, depth = inputs
         return _ToLattices.apply(z.movedim(in_dims[0], 0), lattice, depth), (0, 0)
 
 
@@ -303,7 +306,7 @@ def _entropies(x: Tensor) -> Any:
     """Where the entropies of `x` are from: plain operators for an exported graph and inside `torch.func`."""
     if _exporting():
         return traced
-    inside = not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    inside = not torch.compiler.is_compiling() and modes.transformed(x)
     return reference if inside else _ENTROPIES[_active]
 
 

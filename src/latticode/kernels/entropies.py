@@ -275,7 +275,7 @@ def _(of_total: Tensor, of_mixture: Tensor, x: Tensor, codebook: Tensor, *_: Any
 
 def _soft_gradient(ctx: Any, of_total: Tensor, of_mixture: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        values = reference.soft_assignment(*ctx.saved_tensors, ctx.numbers[0])
+        values = reference.soft_assignment(*ctx.saved_tensors, temperature=ctx.numbers[0])
         of_values = [one.to(values[0]) for one in (of_total, of_mixture)]
         return *_second(values, ctx.saved_tensors[:2], of_values), None, None, None
     of_inputs = _soft_assignment_backward(of_total, of_mixture, *ctx.saved_tensors, *ctx.numbers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -257,7 +257,7 @@ class Quantizer(Freezable, ABC):
 
 
 @contextmanager
-def accumulating(module: nn.Module) -> Iterator[None]:
+def accumulating(module: nn.Module) -> Generator[None]:
     """Hold the codebooks inside `module` still, and move them once at the end by all that was seen in the block.
 
     So several small batches between two steps of the optimizer act as the one big batch: the same codes, the same

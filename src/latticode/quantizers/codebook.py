@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from latticode.core import distributed
+from latticode.core import distributed, modes
 from latticode.core.freezing import Freezable
 from latticode.kernels import nearest_code
 
@@ -29,9 +29,6 @@ EPS = 1e-5  # of the Laplace smoothing
 JITTER = 1e-3  # of the data's standard deviation, between copies of one token; of the code, between its two halves
 ANCHOR_TILE = 2**20  # code-token pairs compared at once
 REPLAYS = 4  # forward passes between two steps that can be replayed; each remembers K vectors
-
-# Whether tensors saved for the backward pass go through hooks, as in activation checkpointing without reentry.
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 @dataclass
@@ -266,19 +263,19 @@ class Codebook(Freezable):
 
 
 @contextmanager
-def passing(books: Sequence[Codebook], tokens: Tensor) -> Iterator[None]:
+def passing(books: Sequence[Codebook], tokens: Tensor) -> Generator[None]:
     """Around the forward pass, in training and in eager mode, of the module that `books` are parts of.
 
     Raises RuntimeError inside a transform of `torch.func`, which can move none.
     """
-    if torch._C._functorch.is_functorch_wrapped_tensor(tokens) and any(not book.still for book in books):
+    if modes.transformed(tokens) and any(not book.still for book in books):
         raise RuntimeError(
             "torch.func transforms pure functions, and a quantizer in training moves its codebooks: call eval() or "
             "requires_grad_(False) on it first"
         )
-    replay = torch._C._current_graph_task_id() != -1  # inside a backward pass
+    replay = modes.in_backward()
     # The first pass of a checkpoint is one without gradients, or one with hooks on what is saved for the backward pass.
-    first = not torch.is_grad_enabled() or _top_hooks is None or _top_hooks(True) is not None
+    first = not torch.is_grad_enabled() or modes.hooks_on_saved()
     mark = None
     if books and (replay or first):
         mark = torch.stack([tokens.detach().sum(), tokens.detach().square().sum()])

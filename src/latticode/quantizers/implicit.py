@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from latticode.kernels import _exporting, nearest_code
+from latticode.core.modes import exporting
+from latticode.kernels import nearest_code
 from latticode.quantizers.base import Quantizer, Step, Tokens, Update, token_mean
 from latticode.quantizers.codebook import Codebook
 from latticode.quantizers.gradients import straight_through
@@ -106,7 +107,7 @@ class QINCo(Contextual):
         if context is None:
             codes = nearest_code(flat, vectors)
         else:
-            search = _nearest if _exporting() else _search  # no other runtime knows our operator
+            search = _nearest if exporting() else _search  # no other runtime knows our operator
             codes = search(flat, context.reshape(-1, self.dim), vectors, self._network())
         return codes.view(*x.shape[:-1], 1)
 
@@ -167,7 +168,7 @@ def _search(x: Tensor, context: Tensor, vectors: Tensor, weights: Sequence[Tenso
     return nearest
 
 
-@library.register_vmap("latticode::adapted_nearest_code")
+@library.register_vmap("latticode::adapted_nearest_code")  # pyright: ignore[reportOptionalCall]
 def _(info: Any, in_dims: Any, x: Tensor, context: Tensor, vectors: Tensor, weights: Sequence[Tensor]) -> Any:
     if any(dim is not None for dim in (in_dims[2], *in_dims[3])):
         raise NotImplementedError("vmap of QINCo takes many batches of tokens, not many networks")

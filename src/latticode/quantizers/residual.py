@@ -189,7 +189,7 @@ class Residual(Softening):
         assert isinstance(self.stages, FSQ)
         by_stage = codes.unflatten(-1, (-1, lattice.factors))  # (..., stages, factors)
         absent = (by_stage < 0).any(dim=-1).cumsum(dim=-1) > 0
-        digits = self.stages._digits(by_stage.clamp(min=0))
+        digits = self.stages._digits(by_stage.clamp(min=0))  # pyright: ignore[reportPrivateUsage]
         middle = constant([level - 1 for level in lattice.levels], torch.int64, codes.device)
         places = (2 * digits - middle).masked_fill(absent[..., None], 0)
         missing = len(self._prefixes) - places.shape[-2]
@@ -201,7 +201,8 @@ class Residual(Softening):
         stage = self.stages
         if not isinstance(stage, FSQ) or stage.noise or stage.feedback or self._arithmetic != torch.float32:
             return None
-        return stage._lattice if fits(stage._lattice) else None
+        lattice = stage._lattice  # pyright: ignore[reportPrivateUsage]
+        return lattice if fits(lattice) else None
 
     @property
     def _drops(self) -> bool:

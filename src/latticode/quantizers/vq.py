@@ -282,7 +282,7 @@ class SimVQ(NearestCode):
 
     def vectors(self) -> Tensor:
         # All of them, also for a few codes to decode: a matrix product rounds by its shape, and they would differ.
-        bias = None if self.transform.bias is None else self.transform.bias.to(self._arithmetic)
+        bias = self.transform.bias.to(self._arithmetic) if self.bias else None
         return F.linear(self.frozen.to(self._arithmetic), self.transform.weight.to(self._arithmetic), bias)
 
     def _quantize(self, tokens: Tokens) -> Step:
