@@ -93,6 +93,28 @@ def graph(quantizer: Quantizer) -> str:
     return exported(quantizer).graph_module.print_readable(print_output=False, include_stride=True)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["fsq-8555", "lfq", "vq-normalize", "grouped"])
+def test_onnx_of_a_quantizer_as_it_stands(name: str):
+    """Its struct becomes the outputs: latents, codes, losses."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    quantizer = registry.build(SPECS[name])
+    quantizer(latents(200, quantizer.dim))
+    shapes = {"z": {0: torch.export.Dim("batch")}}
+    sample = (latents(6, quantizer.dim),)
+    program = torch.onnx.export(quantizer.eval(), sample, dynamic_shapes=shapes, dynamo=True, verbose=False)
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    z = latents(41, quantizer.dim, seed=3)
+    found = session.run(None, {session.get_inputs()[0].name: z.numpy()})
+    expected = quantizer(z)
+    assert torch.equal(torch.from_numpy(found[1]), expected.codes)
+    for ours, theirs in zip(found, (expected.latents, expected.codes, *expected.losses.values()), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, atol=1e-5, rtol=1e-4)
+
+
 @distinct
 def test_one_graph_of_encode(trained: Quantizer):
     torch._dynamo.reset()

@@ -131,7 +131,7 @@ def test_a_cast_leaves_the_scales_exact(dtype: torch.dtype):
     z = (torch.rand(200, 1) * 2 - 1).to(dtype)
     expected = quantizer.encode(z)
     assert torch.equal(quantizer.to(dtype).encode(z), expected)
-    assert quantizer._constants.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert quantizer._scale(1, z.device).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_soft_clamp_keeps_every_value_within_reach():

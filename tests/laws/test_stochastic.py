@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latticode.core import registry
+from latticode.core.pretrained import load_model, save_tensors, weights_digest
 from latticode.quantizers.stochastic import Gumbel, StochasticVQ, gumbel_like
 
 
@@ -217,3 +221,21 @@ def test_the_variance_falls_as_reconstruction_improves():
 def test_refuses_bad_arguments(cls: type, arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         cls(**arguments)
+
+
+def test_a_variance_saved_as_a_scalar_still_loads(tmp_path: Path):
+    """As version 0.1 did; and what a token dataset remembers of such a tokenizer stays the same."""
+    quantizer = StochasticVQ(6, 2, variance=0.3)
+    old = {**quantizer.state_dict(), "log_variance": torch.tensor(math.log(0.3))}
+    twin = StochasticVQ(6, 2)
+    twin.load_state_dict(old)
+    assert torch.equal(twin.log_variance, quantizer.log_variance)
+    assert twin.log_variance.shape == (1,)
+    save_tensors(tmp_path / "model.safetensors", old, {"schema": 1, "spec": registry.spec_of(quantizer)})
+    assert torch.equal(load_model(tmp_path).log_variance, quantizer.log_variance)
+
+    class Old(torch.nn.Module):
+        def state_dict(self, **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
+            return old
+
+    assert weights_digest(Old()) == weights_digest(quantizer)

@@ -293,7 +293,7 @@ def test_settings_that_cannot_be(settings, message):
 def test_categories_may_be_a_number():
     task = Panoptic(5, [1, "3"])
     assert task.names == ("0", "1", "2", "3", "4")
-    assert task.is_thing.tolist() == [False, True, False, True, False]
+    assert task.of_things == [1, 3]
     assert task.classes == (5, 100)
 
 

@@ -96,13 +96,20 @@ def test_prefixes_keep_the_order_and_random_sets_do_not():
     prefix, random = (passing(4000, [3, 4], mode).flatten(1) for mode in ("prefix", "random"))
     assert (prefix[:, 1:] <= prefix[:, :-1]).all()
     assert not (random[:, 1:] <= random[:, :-1]).all()
-    for kept in (prefix, random):  # importance 1 - k / 11 > t with t uniform: 1 to 11 of 12 codes, each as often
+    for kept in (prefix, random):  # importance 1 - k / 13 > t with t uniform: 0 to 12 of 12 codes, each as often
         share = kept.sum(1).bincount(minlength=13) / 4000
-        torch.testing.assert_close(share[1:12], torch.full((11,), 1 / 11), atol=0.02, rtol=0)
-        assert share[0] == share[12] == 0
+        torch.testing.assert_close(share, torch.full((13,), 1 / 13), atol=0.02, rtol=0)
     torch.testing.assert_close(random.float().mean(0), torch.full((12,), 0.5), atol=0.03, rtol=0)
-    torch.testing.assert_close(prefix.float().mean(0), torch.linspace(1, 0, 12), atol=0.03, rtol=0)
-    assert passing(5, [1, 1], "random").all()
+    torch.testing.assert_close(prefix.float().mean(0), torch.linspace(1, 0, 14)[1:-1], atol=0.03, rtol=0)
+    assert passing(4000, [1, 1], "random").float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_training_sees_the_full_code_and_none():
+    """The ceiling and the floor that are reported, `solve` with all codes and with none."""
+    for code in ([1, 1], [2, 3], [4, 4]):
+        kept = passing(2000, code, "random").flatten(1)
+        assert kept.all(1).any()
+        assert not kept.any(1).all()
 
 
 @both

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latticode.core import registry, renamed
 from latticode.core.files import replacing, write_text
+from latticode.core.freezing import Freezable
 
 WEIGHTS, SCHEMA = "model.safetensors", 1
 
@@ -59,7 +60,7 @@ def _opened(path: Path) -> Any:
     return safetensors.safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
 
 
-class Pretrained(nn.Module):
+class Pretrained(Freezable):
     """Gives a registered model `save_pretrained` and `from_pretrained`.
 
     Examples:
@@ -99,7 +100,8 @@ def weights_digest(module: nn.Module, about: str = "") -> str:
     """SHA-256 over `about` and the names, shapes, types and numbers of a module's state."""
     digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        shape = () if name.endswith("log_variance") else tuple(tensor.shape)  # as version 0.1 had it
+        digest.update(f"{name} {shape} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -128,6 +130,9 @@ def load_model(folder: str | Path) -> Any:
     model = registry.build(spec)
     tensors, _ = load_tensors(folder / WEIGHTS)
     expected = model.state_dict()
+    for name, tensor in tensors.items():
+        if tensor.ndim == 0 and name in expected and expected[name].shape == (1,):  # a scalar of version 0.1
+            tensors[name] = tensor.reshape(1)
     wrong = sorted(
         f"{k}: file {tuple(tensors[k].shape) if k in tensors else 'none'}, "
         f"model {tuple(expected[k].shape) if k in expected else 'none'}"

@@ -1,26 +1,37 @@
-"""The structs that cross layers. Shapes: B batch, C channels, D latent width, K codes per position, *grid positions."""
+"""The structs that cross layers. Shapes: B batch, C channels, D latent width, K codes per position, *grid positions.
+
+What a module returns is a named tuple, since that is the one struct that all of PyTorch takes apart and puts together
+again: `torch.export`, hooks, `DataParallel`, FSDP, activation checkpointing, pytrees in Python and in C++.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What a quantizer returns."""
+class Quantized(NamedTuple):
+    """What a quantizer returns; `latents, codes, losses = quantizer(z)` works as well.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import FSQ
+        >>> out = FSQ([3, 5, 4])(torch.tensor([[0.25, 0.6, -7.0]]))
+        >>> out.latents, out.codes, out.losses
+        (tensor([[ 0.0000,  0.5000, -1.0000]]), tensor([[10]]), {})
+    """
 
     latents: Tensor  # (B, *grid, D), what the decoder sees; carries the gradient
     codes: Tensor  # (B, *grid, K) int64; K codes per position, never squeezed
-    losses: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # unweighted scalars by name; empty for FSQ
+    losses: Mapping[str, Tensor] = {}  # unweighted scalars by name; empty for FSQ
 
 
-@dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(NamedTuple):
     """What a tokenizer returns from `forward`."""
 
     output: Tensor  # (B, C, *size), like the input
@@ -28,8 +39,7 @@ class Reconstruction:
     losses: Mapping[str, Tensor]  # the quantizer's, unweighted
 
 
-@dataclass(frozen=True)
-class Guided:
+class Guided(NamedTuple):
     """What a model of a dense task returns from `forward` (`latticode.dense.uvim`)."""
 
     output: Tensor  # (B, channels of the task, H, W)
@@ -43,6 +53,11 @@ class Softened(NamedTuple):
     codes: Tensor  # (B, *grid, K) int64
     p: Tensor  # (B, *grid, K, C), C the largest codebook's size; 0 where a smaller one has no code
 
+
+for _struct in (Quantized, Reconstruction, Guided, Softened):  # by name in the files of `torch.export.save`
+    _pytree._register_namedtuple(  # pyright: ignore[reportPrivateUsage]
+        _struct, serialized_type_name=f"latticode.{_struct.__name__}"
+    )
 
 Texts = tuple[tuple[str, ...], ...]  # of each of the B examples, all its captions; empty where the source has none
 

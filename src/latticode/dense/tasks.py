@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.constants import constant
 from latticode.core.values import to_float, to_uint8
 from latticode.metrics.dense import ClassMetrics, ColorizationMetrics, DepthMetrics, PanopticMetrics
 from latticode.viz.pictures import ramp_colours, segment_colours
@@ -219,10 +220,7 @@ class Panoptic(PixelClasses):
             raise ValueError(f"instances must be >= 1, got {instances}")
         if void is not None and 0 <= void < len(self.names):
             raise ValueError(f"void must not be the number of a category, 0..{len(self.names) - 1}, got {void}")
-        is_thing = torch.zeros(len(self.names), dtype=torch.bool)
-        is_thing[[known[thing] for thing in self.things]] = True
-        self.is_thing: Tensor
-        self.register_buffer("is_thing", is_thing, persistent=False)
+        self.of_things = sorted({known[thing] for thing in self.things})  # class numbers
         self.classes, self.channels = (len(self.names), instances), len(self.names) + instances
 
     def targets(self, inputs: Tensor) -> Tensor:
@@ -235,7 +233,7 @@ class Panoptic(PixelClasses):
                 f"class numbers must lie in 0..{len(self.names) - 1} (void: {self.void}), got "
                 f"{', '.join(map(str, [number for number in wrong if number != self.void][:5]))}"
             )
-        thing = valid & self.is_thing[semantic.where(valid, 0)] & (instance != 0)
+        thing = valid & self._is_thing(semantic.device)[semantic.where(valid, 0)] & (instance != 0)
         ids = (1 + instance * len(self.names) + semantic) * thing  # numbers may start again in every class
         return torch.stack([semantic.where(valid, IGNORED), number_instances(ids, self.instances)], 1)
 
@@ -247,17 +245,22 @@ class Panoptic(PixelClasses):
         """
         semantic, instance = output.float().split(self.classes, 1)
         found = semantic.argmax(1)  # (B, H, W)
-        thing = self.is_thing[found]
+        is_thing = self._is_thing(found.device)
+        thing = is_thing[found]
         slot = instance.argmax(1)
         place = (slot + self.instances * torch.arange(len(slot), device=slot.device)[:, None, None])[thing]
         sums = semantic.new_zeros(len(slot) * self.instances, len(self.names))
         sums.index_add_(0, place, semantic.movedim(1, -1)[thing])
-        classes = sums.masked_fill(~self.is_thing, -torch.inf).argmax(1)
+        classes = sums.masked_fill(~is_thing, -torch.inf).argmax(1)
         found[thing] = classes[place]
         return torch.stack([found, (slot + 1) * thing], 1)
 
     def metrics(self) -> PanopticMetrics:
-        return PanopticMetrics(self.label_maps, self.names, self.is_thing.nonzero().flatten().tolist())
+        return PanopticMetrics(self.label_maps, self.names, self.of_things)
+
+    def _is_thing(self, device: torch.device) -> Tensor:
+        """Of each class (categories,) bool."""
+        return constant([i in self.of_things for i in range(len(self.names))], torch.bool, device)
 
     def picture(self, prediction: Tensor) -> Tensor:
         """A hue for each class, with a shade for each instance; segments have dark outlines."""

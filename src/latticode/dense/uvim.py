@@ -204,13 +204,14 @@ class UViM(Pretrained):
 def passing(count: int, code: Sequence[int], dropout: str, device: torch.device | None = None) -> Tensor:
     """Which codes of `count` images pass: (count, m, n) bool. Draws from torch's global generators.
 
-    Importances fall from 1 to 0 in equal steps along the code, and those above t ~ U[0, 1), drawn for each image, pass:
-    "prefix". "random": the same, shuffled. "none": all pass.
+    Importances of n codes fall along the code, n/(n+1), .., 1/(n+1), and those above t ~ U[0, 1), drawn for each image,
+    pass: "prefix". So of an image any number of codes from 0 to n pass, each number as likely. "random": the same,
+    shuffled. "none": all pass.
     """
     length = math.prod(code)
     if dropout not in ("random", "prefix"):
         return torch.ones(count, *code, dtype=torch.bool, device=device)
-    keep_BN = torch.linspace(1, 0, length, device=device) > torch.rand(count, 1, device=device)
+    keep_BN = torch.linspace(1, 0, length + 2, device=device)[1:-1] > torch.rand(count, 1, device=device)
     if dropout == "random":
         keep_BN = keep_BN.gather(1, torch.rand(count, length, device=device).argsort(1))
     return keep_BN.view(count, *code)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
-from latticode.kernels import entropies, lattice, native, nearest, reference, stages, tiles, vocabulary
+from latticode.core import modes
+from latticode.kernels import entropies, lattice, native, nearest, reference, stages, tiles, traced, vocabulary
 from latticode.kernels.grid import Lattice
 from latticode.kernels.lattice import alike, empty_like
 
@@ -70,6 +70,16 @@ def _nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
         return _NEAREST[_active](x, codebook)
 
 
+@library.register_vmap("latticode::nearest_code")  # pyright: ignore[reportOptionalCall]
+def _(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, codebook: Tensor) -> tuple[Tensor, int]:
+    if in_dims[1] is None:
+        x = x.movedim(in_dims[0] or 0, 0)
+        return _nearest_code(x.flatten(0, 1), codebook).view(x.shape[:2]), 0
+    books = codebook.movedim(in_dims[1], 0)
+    rows = [x] * len(books) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    return torch.stack([_nearest_code(one, book) for one, book in zip(rows, books, strict=True)]), 0
+
+
 @library.register_fake("latticode::nearest_code")
 def _(x: Tensor, codebook: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
@@ -98,26 +108,38 @@ def to_lattice(z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
 
 
 class _ToLattice(torch.autograd.Function):
-    """The operator for eager mode: one with a gradient costs 0.1 ms a call, as much as 10,000 tokens do."""
+    """The operator for eager mode: one with a gradient costs 0.1 ms a call, as much as 10,000 tokens do.
+
+    Where the backward pass is differentiated itself, as in `torch.func`, it is the specification.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(z)
-        ctx.set_materialize_grads(False)  # of the codes
-        ctx.lattice = lattice
+    def forward(z: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
             latents, codes = _lattice_kernel("to_lattice", z)(z, lattice)
-        ctx.mark_non_differentiable(codes)
         return latents if latents.stride() == z.stride() else alike(latents, z), codes.contiguous()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        z, ctx.lattice = inputs
+        ctx.save_for_backward(z)
+        ctx.set_materialize_grads(False)  # of the codes
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         (z,) = ctx.saved_tensors
         if gradient is None:
             return None, None
         with torch.autocast(z.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return reference.to_lattice_backward(gradient, z, ctx.lattice, _precise(z)), None
             return _lattice_kernel("to_lattice_backward", z)(gradient, z, ctx.lattice), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], *inputs: Any) -> tuple[Any, tuple[int, int]]:
+        z, lattice = inputs
+        return _ToLattice.apply(z.movedim(in_dims[0], 0), lattice), (0, 0)
 
 
 _described = functools.lru_cache(maxsize=256)(Lattice)  # checks its arguments, which costs as much as 1000 tokens
@@ -173,8 +195,11 @@ def _lattice_kernel(name: str, z: Tensor) -> Callable[..., Any]:
         return getattr(lattice_triton, name)
     if z.device.type == "cpu":
         return getattr(_LATTICE[_active], name)
-    precise = torch.float32 if z.device.type == "mps" else torch.float64  # Apple GPUs have no float64
-    return functools.partial(getattr(reference, name), precise=precise)
+    return functools.partial(getattr(reference, name), precise=_precise(z))
+
+
+def _precise(z: Tensor) -> torch.dtype:
+    return torch.float32 if z.device.type == "mps" else torch.float64  # Apple GPUs have no float64
 
 
 def to_lattices(z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor]:
@@ -203,23 +228,31 @@ class _ToLattices(torch.autograd.Function):
     """The operator for eager mode, as `_ToLattice` is."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(z)
-        ctx.description = lattice, depth
-        ctx.set_materialize_grads(False)  # zeros for the codes cost as much as the rest of backward
+    def forward(z: Tensor, lattice: Lattice, depth: int) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
-            latents, codes = _stages_kernel("to_lattices", z)(z, lattice, depth)
-        ctx.mark_non_differentiable(codes)
-        return latents, codes
+            return _stages_kernel("to_lattices", z)(z, lattice, depth)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        z, *ctx.description = inputs
+        ctx.save_for_backward(z)
+        ctx.set_materialize_grads(False)  # zeros for the codes cost as much as the rest of backward
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         (z,) = ctx.saved_tensors
         if gradient is None:
             return None, None, None
         with torch.autocast(z.device.type, enabled=False):
-            return _stages_kernel("to_lattices_backward", z)(gradient, z, *ctx.description), None, None
+            kernel = _stages_kernel("to_lattices_backward", z)
+            kernel = reference.to_lattices_backward if torch.is_grad_enabled() else kernel
+            return kernel(gradient, z, *ctx.description), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None, None], *inputs: Any) -> tuple[Any, tuple[int, int]]:
+        z, lattice, depth = inputs
+        return _ToLattices.apply(z.movedim(in_dims[0], 0), lattice, depth), (0, 0)
 
 
 @library.custom_op(
@@ -269,10 +302,18 @@ def _exporting() -> bool:
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch before 2.7 has none
 
 
+def _entropies(x: Tensor) -> Any:
+    """Where the entropies of `x` are from: plain operators for an exported graph and inside `torch.func`."""
+    if _exporting():
+        return traced
+    inside = not torch.compiler.is_compiling() and modes.transformed(x)
+    return reference if inside else _ENTROPIES[_active]
+
+
 def bernoulli_entropy(logits: Tensor) -> Tensor:
     """Of each row of `logits` (N, D), the entropy of D independent bits with P(bit) = sigmoid(logit), in nats: (N,)."""
     logits, _ = _widened("bernoulli_entropy", logits, logits[..., 0])
-    return _ENTROPIES[_active].bernoulli_entropy(logits).to(logits.dtype)
+    return _entropies(logits).bernoulli_entropy(logits).to(logits.dtype)
 
 
 def bernoulli_mixture(logits: Tensor, weights: Tensor) -> Tensor:
@@ -286,7 +327,7 @@ def bernoulli_mixture(logits: Tensor, weights: Tensor) -> Tensor:
         ValueError: for other shapes, or integers.
     """
     logits, weights = _widened("bernoulli_mixture", logits, weights)
-    return _ENTROPIES[_active].bernoulli_mixture(logits, weights).to(logits.dtype)
+    return _entropies(logits).bernoulli_mixture(logits, weights).to(logits.dtype)
 
 
 def soft_assignment(x: Tensor, codebook: Tensor, temperature: float, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,8 +346,8 @@ def soft_assignment(x: Tensor, codebook: Tensor, temperature: float, weights: Te
             f"temperature > 0, got {tuple(codebook.shape)} and {temperature}"
         )
     dtype = torch.promote_types(x.dtype, codebook.dtype)
-    kernel = _ENTROPIES[_active].soft_assignment
-    how = {"compiled": True} if _compiled() else {}
+    kernel = _entropies(x).soft_assignment
+    how = {"compiled": True} if kernel is entropies.soft_assignment and _compiled() else {}
     total, mixture = kernel(x.to(dtype), codebook.to(dtype), weights.to(dtype), temperature, **how)
     return total.to(dtype), mixture.to(dtype)
 

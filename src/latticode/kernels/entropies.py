@@ -15,14 +15,14 @@ they are, so there is nothing to clamp; exp of a sum of 18 logarithms near -80 w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from latticode.kernels import native
+from latticode.kernels import native, reference
 from latticode.kernels.tiles import full_float32
 
 CPU_TILE = 2**18  # numbers of the largest temporary, if that is `LEAST` tokens or more
@@ -43,6 +43,13 @@ def _(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0])
 
 
+def _second(values: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of `inputs`, where these are differentiated again: `values` are the specification's."""
+    some = [one for one in inputs if one.requires_grad]
+    found = iter(torch.autograd.grad(values, some, gradients, create_graph=True))
+    return [next(found) if one.requires_grad else None for one in inputs]
+
+
 def _entropy_gradient(ctx: Any, gradient: Tensor) -> Tensor:
     (logits,) = ctx.saved_tensors
     size, sure = _bounded(logits.abs())
@@ -58,7 +65,7 @@ def _bounded(size: Tensor) -> tuple[Tensor, Tensor]:
 
 def entropy(p: Tensor) -> Tensor:
     """-sum p ln p of `p` (K,) in nats, a scalar; 0 ln 0 = 0, and probabilities of 0 get no gradient."""
-    some = torch.where(p > 0, p, 1.0)
+    some = torch.where(p >= torch.finfo(p.dtype).tiny, p, 1.0)  # below, 1 / p would be infinite
     return -(some * some.log()).sum()
 
 
@@ -154,7 +161,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.numbers = [value for value in inputs if not isinstance(value, Tensor)]
 
 
-def _mixture_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+def _mixture_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+    if torch.is_grad_enabled():
+        mixture = reference.bernoulli_mixture(*ctx.saved_tensors)
+        return _second([mixture], ctx.saved_tensors[:1], [gradient.to(mixture)])[0], None
     return _bernoulli_mixture_backward(gradient, *ctx.saved_tensors), None
 
 
@@ -264,6 +274,10 @@ def _(of_total: Tensor, of_mixture: Tensor, x: Tensor, codebook: Tensor, *_: Any
 
 
 def _soft_gradient(ctx: Any, of_total: Tensor, of_mixture: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        values = reference.soft_assignment(*ctx.saved_tensors, temperature=ctx.numbers[0])
+        of_values = [one.to(values[0]) for one in (of_total, of_mixture)]
+        return *_second(values, ctx.saved_tensors[:2], of_values), None, None, None
     of_inputs = _soft_assignment_backward(of_total, of_mixture, *ctx.saved_tensors, *ctx.numbers)
     return *of_inputs, None, None, None
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from latticode.core import distributed
+from latticode.core.freezing import Freezable
 from latticode.core.modules import described
 from latticode.core.types import Quantized
-from latticode.quantizers.codebook import Codebook
+from latticode.quantizers.codebook import Codebook, passing
 
 T = TypeVar("T")
 Loss = tuple[Tensor, Tensor]  # sum over tokens and their number: what parts and ranks can be pooled by
@@ -57,7 +58,7 @@ class Step(NamedTuple):
     updates: Sequence[Update] = ()
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(Freezable, ABC):
     """Maps continuous latents to discrete codes and back. Channel-last, any rank >= 1, empty batches allowed.
 
     Laws, held by `tests/laws/test_quantizers.py` for every registered class: `decode(encode(z))` equals the latents of
@@ -73,6 +74,24 @@ class Quantizer(nn.Module, ABC):
 
     A class implements `_quantize`, `_encode` and `_decode`, which see clean tokens only, and so composes with
     the others.
+
+    Around it: parameters that are frozen (`requires_grad_(False)`) freeze running averages too. A forward pass that
+    activation checkpointing replays codes as it did and moves nothing. In eval mode `torch.func` can transform it.
+
+    Examples:
+        >>> class Signs(Quantizer):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.dim, self.vocab = 1, (2,)
+        ...     def _encode(self, x):
+        ...         return (x > 0).long()
+        ...     def _decode(self, codes):
+        ...         return 2.0 * codes - 1
+        ...     def _quantize(self, tokens):
+        ...         codes = self._encode(tokens.values)
+        ...         return Step(tokens.values + (self._decode(codes) - tokens.values).detach(), codes)
+        >>> Signs()(torch.tensor([[0.3], [-2.0], [torch.nan]])).codes.flatten()
+        tensor([ 1,  0, -1])
     """
 
     dim: int  # D, the width of the latents
@@ -81,7 +100,8 @@ class Quantizer(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("_like", torch.empty(0), persistent=False)  # follows .to(), .bfloat16(): decode's type
+        # Follows .to() and .bfloat16(): decode's type. Never on the meta device, which nothing would take it off again.
+        self.register_buffer("_like", torch.empty(0, device="cpu"), persistent=False)
 
     _like: Tensor
 
@@ -114,10 +134,15 @@ class Quantizer(nn.Module, ABC):
         Updates running statistics, in training mode only. A loss without a token is 0.
         """
         self._check_latents(z, mask)
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device.type):
             tokens = self._tokens(z, mask)
-            step = self._quantize(tokens)
-            losses = self._settle(step) if self.training else _means(step.losses)
+            if self.training and not torch.compiler.is_compiling():
+                with passing(_codebooks(self), tokens.values):
+                    step = self._quantize(tokens)
+                    losses = self._settle(step)
+            else:
+                step = self._quantize(tokens)
+                losses = self._settle(step) if self.training else _means(step.losses)
             gone = ~tokens.keep[..., None]
             latents = step.latents.masked_fill(gone, torch.nan)
             latents = latents if mask is None else latents.masked_fill(~mask[..., None], 0.0)
@@ -127,7 +152,7 @@ class Quantizer(nn.Module, ABC):
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         """Codes (..., K) int64 of `z` (..., D). Pure."""
         self._check_latents(z, mask)
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device.type):
             tokens = self._tokens(z, mask)
             return self._encode(tokens.values).masked_fill(~tokens.keep[..., None], -1)
 
@@ -138,14 +163,14 @@ class Quantizer(nn.Module, ABC):
         the codes may end before it, or be -1 there.
         """
         self._check_codes(codes)
-        with torch.autocast(codes.device.type, enabled=False):
+        with without_autocast(codes.device.type):
             return self._decode(codes.long()).to(self._like.dtype)
 
     @torch.no_grad()
     def error(self, z: Tensor) -> Tensor:
         """The latents of the codes of `z` (..., D) less `z`, in its type; 0 for a token that is not finite. Pure."""
         self._check_latents(z)
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device.type):
             tokens = self._tokens(z, None)
             error = self._decode(self._encode(tokens.values)) - tokens.values
             return error.masked_fill(~tokens.keep[..., None], 0.0).to(z.dtype)
@@ -169,7 +194,7 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def _arithmetic(self) -> torch.dtype:
-        return torch.promote_types(self._like.dtype, torch.float32)
+        return torch.float64 if self._like.dtype == torch.float64 else torch.float32
 
     def _tokens(self, z: Tensor, mask: Tensor | None) -> Tokens:
         x = z.to(self._arithmetic)
@@ -181,7 +206,7 @@ class Quantizer(nn.Module, ABC):
     def _settle(self, step: Step) -> dict[str, Tensor]:
         """The losses over the tokens of all ranks, after moving the codebooks; one all-reduce in all."""
         moved: list[tuple[Codebook, Tensor, Tensor]] = []
-        for book in _distinct([update.codebook for update in step.updates]):
+        for book in _distinct([update.codebook for update in step.updates if not update.codebook.still]):
             parts = [book.statistics(u.tokens, u.codes, u.keep) for u in step.updates if u.codebook is book]
             moved.append((book, sum(part[0] for part in parts), sum(part[1] for part in parts)))  # type: ignore[arg-type]
         pairs = [part for loss in step.losses.values() for part in loss]
@@ -232,14 +257,20 @@ class Quantizer(nn.Module, ABC):
 
 
 @contextmanager
-def accumulating(module: nn.Module) -> Iterator[None]:
+def accumulating(module: nn.Module) -> Generator[None]:
     """Hold the codebooks inside `module` still, and move them once at the end by all that was seen in the block.
 
     So several small batches between two steps of the optimizer act as the one big batch: the same codes, the same
     running averages, and, for batches of equal size, the same mean losses (not `diversity`, which is no mean over
     tokens). K-means and restarts see the first of the batches only.
+
+    Examples:
+        >>> from latticode import VQ
+        >>> quantizer = VQ(8, 2)
+        >>> with accumulating(quantizer):
+        ...     codes = [quantizer(part).codes for part in torch.randn(4, 50, 2)]
     """
-    books = [part for part in module.modules() if isinstance(part, Codebook)]
+    books = _codebooks(module)
     for book in books:
         book.hold()
     try:
@@ -247,6 +278,12 @@ def accumulating(module: nn.Module) -> Iterator[None]:
     finally:
         for book in books:
             book.release()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No autocast in the block; nothing at all where there is none, so that exported graphs hold no region of it."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 def contractions(quantizer: Quantizer) -> list[float]:
@@ -267,6 +304,10 @@ def pooled(losses: Sequence[Mapping[str, Loss]]) -> dict[str, Loss]:
 def token_mean(values: Tensor, keep: Tensor) -> Loss:
     """The loss that is the mean of `values` (..., D) over channels and kept tokens."""
     return torch.where(keep, values.sum(dim=-1), 0.0).sum() / values.shape[-1], keep.sum().to(values.dtype)
+
+
+def _codebooks(module: nn.Module) -> list[Codebook]:
+    return [part for part in module.modules() if isinstance(part, Codebook)]
 
 
 def _means(losses: Mapping[str, Loss]) -> dict[str, Tensor]:

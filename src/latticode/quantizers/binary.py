@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latticode import kernels
 from latticode.core import distributed
+from latticode.core.constants import constant
 from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, token_mean
 from latticode.quantizers.gradients import straight_through
 
@@ -30,7 +31,6 @@ class Binary(Quantizer):
     temperature: float
     entropy_groups: int
     factors: int
-    _basis: Tensor
 
     def __init__(self, dim: int, temperature: float, entropy_groups: int, factors: int):
         super().__init__()
@@ -49,8 +49,6 @@ class Binary(Quantizer):
             )
         self.dim, self.vocab = dim, (2 ** (dim // factors),) * factors
         self.temperature, self.entropy_groups, self.factors = temperature, entropy_groups, factors
-        # Integers survive .bfloat16(); nothing is saved, since the spec says it all.
-        self.register_buffer("_basis", 2 ** torch.arange(dim // factors), persistent=False)
 
     @property
     def radix(self) -> tuple[int, ...]:
@@ -98,12 +96,15 @@ class Binary(Quantizer):
         return self._pack(x > 0)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        bits = codes[..., None].div(self._basis, rounding_mode="floor") % 2
+        bits = codes[..., None].div(self._basis(codes.device), rounding_mode="floor") % 2
         return self._signs(bits.flatten(-2), self._arithmetic)
 
     def _pack(self, bits: Tensor) -> Tensor:
         """Codes (..., factors) of bits (..., D)."""
-        return (bits.unflatten(-1, (self.factors, -1)).long() * self._basis).sum(dim=-1)
+        return (bits.unflatten(-1, (self.factors, -1)).long() * self._basis(bits.device)).sum(dim=-1)
+
+    def _basis(self, device: torch.device) -> Tensor:
+        return constant([2**i for i in range(self.dim // self.factors)], torch.int64, device)
 
     def _signs(self, bits: Tensor, dtype: torch.dtype) -> Tensor:
         """+- magnitude in `dtype`: 2 bits - 1 is exact, so both have exactly this absolute value."""
@@ -128,6 +129,11 @@ class LFQ(Binary):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> out = LFQ(4, scale=0.5)(torch.tensor([[0.1, -2.0, 0.0, 3.0]]))
+        >>> out.latents.tolist(), out.codes.tolist(), list(out.losses)
+        ([[0.5, -0.5, -0.5, 0.5]], [[9]], ['commitment', 'sample_entropy', 'diversity'])
     """
 
     contraction = 0.5
@@ -179,6 +185,12 @@ class BSQ(Binary):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> quantizer = BSQ(4)
+        >>> out = quantizer(torch.tensor([[0.1, -2.0, 0.0, 3.0]]))
+        >>> out.latents.tolist(), out.codes.tolist(), quantizer.bits
+        ([[0.5, -0.5, -0.5, 0.5]], [[9]], 4.0)
     """
 
     def __init__(self, dim: int, *, temperature: float = 1.0, entropy_groups: int = 1, factors: int = 1):

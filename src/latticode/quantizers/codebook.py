@@ -1,5 +1,5 @@
 """The vectors of a learned codebook and what keeps them alive: k-means start, EMA statistics, restart, clustering and
-splitting.
+splitting. What freezes them, and what activation checkpointing needs: forward passes that are replayed as they were.
 
 Every function sees the tokens of its own rank and gives the result of one process on the tokens of all ranks in rank
 order. All ranks must call it, those without tokens too. Only finite tokens may be passed.
@@ -8,12 +8,19 @@ order. All ranks must call it, those without tokens too. Only finite tokens may 
 from __future__ import annotations
 
 import heapq
+import math
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from latticode.core import distributed
+from latticode.core import distributed, modes
+from latticode.core.freezing import Freezable
 from latticode.kernels import nearest_code
 
 UPKEEPS = ("restart", "online", "split")
@@ -21,9 +28,19 @@ LLOYD_STEPS = 10
 EPS = 1e-5  # of the Laplace smoothing
 JITTER = 1e-3  # of the data's standard deviation, between copies of one token; of the code, between its two halves
 ANCHOR_TILE = 2**20  # code-token pairs compared at once
+REPLAYS = 4  # forward passes between two steps that can be replayed; each remembers K vectors
 
 
-class Codebook(nn.Module):
+@dataclass
+class Pass:
+    """A forward pass in training, as a replay of it has to be."""
+
+    mark: Tensor  # by which it is known: two sums over the tokens
+    vectors: Tensor | None = None  # (K, D), what it coded with
+    draws: tuple[Tensor, Tensor] | None = None  # the state of torch's CPU generator before and after the upkeep
+
+
+class Codebook(Freezable):
     """K vectors of width D with an EMA of the number and the sum of the tokens that chose each.
 
     Args:
@@ -38,6 +55,22 @@ class Codebook(nn.Module):
             used (see `cluster`); "split": one that has fewer tokens, in a sum that decays, than `restart` becomes one
             half of the code that has the most (see `split`).
         restart: see there; 0 = never.
+
+    `requires_grad_(False)`, here or on any quantizer or model of the library around it, keeps all as it is; `freeze`
+    does so for some of the codes. A code is frozen where its count is infinite.
+
+    A forward pass that runs inside a backward pass is a replay, by activation checkpointing: it codes with the vectors
+    of the pass that it repeats, and moves nothing. Eager mode only: `torch.compile` sees to its own recomputation.
+
+    Examples:
+        >>> from latticode import VQ
+        >>> quantizer = VQ(8, 2)  # a published book of 4 codes, and 4 new ones
+        >>> with torch.no_grad():
+        ...     _ = quantizer.embedding.weight[:4].copy_(torch.eye(4)[:, :2])
+        >>> quantizer.embedding.freeze(range(4))
+        >>> _ = quantizer(torch.randn(100, 2))  # k-means and averages move the other codes only
+        >>> torch.equal(quantizer.embedding.weight[:4], torch.eye(4)[:, :2])
+        True
     """
 
     weight: Tensor  # (K, D)
@@ -69,11 +102,60 @@ class Codebook(nn.Module):
         self.register_buffer("total", weight * seen)
         self.register_buffer("initialized", torch.tensor(not kmeans))
         self._held: list[tuple[Tensor, Tensor]] | None = None
+        self._passes: deque[Pass] = deque(maxlen=REPLAYS)  # of this step, that may be replayed
+        self._current: Pass | None = None
+        self._replaying = self._replayed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_passes": deque(maxlen=REPLAYS), "_current": None}
+
+    @property
+    def learned(self) -> bool:
+        """Whether the vectors are a parameter."""
+        return isinstance(self.weight, nn.Parameter)
+
+    @property
+    def still(self) -> bool:
+        """Whether nothing may move it now: it is frozen, or this is a replay."""
+        return self._replaying or not self.moves or (self.learned and not self.weight.requires_grad)
 
     def vectors(self) -> Tensor:
         """(K, D), in float32 at least, of length 1 if `unit`; differentiable."""
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight = self.weight
+        if self._replaying and self._current is not None and self._current.vectors is not None:
+            weight = self._current.vectors + (weight - weight.detach())
+        elif self.learned and self.training:
+            weight = weight.clone()  # the next forward pass may revive codes before the backward pass of this one
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return _unit(weight) if self.unit else weight
+
+    @torch.no_grad()
+    def freeze(self, codes: Sequence[int] | Tensor) -> None:
+        """Keep the vectors of `codes`, numbers in 0 .. K-1, as they are from now on; the others stay in training.
+
+        Tokens may still choose them. What is frozen is part of the state, and so is saved and loaded.
+
+        Raises:
+            ValueError: for other numbers, or a book that an optimizer moves: its momentum and decay know no single
+                codes.
+        """
+        if self.learned:
+            raise ValueError("single codes can be frozen where averages move them, not an optimizer: update='ema'")
+        numbers = codes.tolist() if isinstance(codes, Tensor) else list(codes)
+        if wrong := [code for code in numbers if not 0 <= code < len(self.count)]:
+            raise ValueError(f"codes must lie in 0 .. {len(self.count) - 1}, got {wrong}")
+        rows = torch.tensor(numbers, dtype=torch.int64, device=self.count.device)
+        self.total[rows] = self.weight[rows]
+        self.count[rows] = torch.inf
+
+    @torch.no_grad()
+    def unfreeze(self) -> None:
+        """Let all codes move again that `freeze` has stopped, each with the mean number of tokens of the others."""
+        frozen = self.count.isinf()
+        if frozen.any():
+            others = self.count[~frozen]
+            self.count[frozen] = others.mean() if len(others) else 1.0
+            self.total[frozen] = self.weight[frozen] * self.count[frozen, None]
 
     @torch.no_grad()
     def upkeep(self, tokens: Tensor, keep: Tensor) -> None:
@@ -81,8 +163,11 @@ class Codebook(nn.Module):
 
         To be called before the tokens are quantized, so that their codes decode to their latents.
         """
+        if self._replaying:
+            self._repeat_draws()
         # Within one accumulated batch only the first part may change a code.
-        if (self.kmeans or self.restart > 0 or self.upkeep_by == "online") and not self._held:
+        elif (self.kmeans or self.restart > 0 or self.upkeep_by == "online") and not self._held and not self.still:
+            before = torch.get_rng_state() if self._current is not None else None
             _upkeep(
                 tokens.detach().reshape(-1, tokens.shape[-1]),
                 keep.reshape(-1),
@@ -95,6 +180,8 @@ class Codebook(nn.Module):
                 self.restart,
                 self.decay,
             )
+            if self._current is not None and before is not None:
+                self._current.draws = before, torch.get_rng_state()
 
     @torch.no_grad()
     def statistics(self, tokens: Tensor, codes: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,18 +199,23 @@ class Codebook(nn.Module):
         that no token chose stay exactly where they are: smoothing a count of nothing would draw them to the origin.
         A step without any token leaves the averages alone.
         """
+        if self._current is not None:
+            self._current.vectors = self.weight.detach().clone()
+            self._passes.append(self._current)
         if self._held is not None:
             self._held.append((count, total))
             return
-        weight = torch.where(count.any(), 1 - self.decay, 0.0)
-        self.count.lerp_(count.to(self.count), weight.to(self.count))
-        self.total.lerp_(total.to(self.total), weight.to(self.total))
-        if not isinstance(self.weight, nn.Parameter):
-            n = self.count.sum()
-            smoothed = (self.count + EPS) / (n + len(self.count) * EPS) * n
+        frozen = self.count.isinf()
+        weight = torch.where(count.any() & ~frozen, 1 - self.decay, 0.0).to(self.count)
+        self.count.copy_(torch.where(frozen, self.count, self.count.lerp(count.to(self.count), weight)))
+        self.total.lerp_(total.to(self.total), weight[:, None].to(self.total))
+        if not self.learned:
+            counts = torch.where(frozen, 0.0, self.count)
+            n = counts.sum()
+            smoothed = (counts + EPS) / (n + len(counts) * EPS) * n
             mean = self.total / smoothed[:, None]
             mean = _unit(mean) if self.unit else mean
-            self.weight.copy_(torch.where(count[:, None] > 0, mean, self.weight))
+            self.weight.copy_(torch.where((count[:, None] > 0) & ~frozen[:, None], mean, self.weight))
 
     def hold(self) -> None:
         """Collect what `absorb` is given until `release`."""
@@ -137,8 +229,63 @@ class Codebook(nn.Module):
                 torch.stack([count for count, _ in held]).sum(0), torch.stack([total for _, total in held]).sum(0)
             )
 
+    def begin(self, mark: Tensor | None, replay: bool) -> None:
+        """A forward pass begins, known by `mark` (2,); None: it will not be replayed."""
+        self._replaying = replay
+        if replay:
+            self._replayed = True
+            self._current = None if mark is None else self._recalled(mark)
+        else:
+            if self._replayed:  # the passes before were those of another step
+                self._passes.clear()
+                self._replayed = False
+            self._current = None if mark is None else Pass(mark)
+
+    def end(self) -> None:
+        """A forward pass is over, or was broken off."""
+        self._replaying, self._current = False, None
+
+    def _recalled(self, mark: Tensor) -> Pass | None:
+        """The pass that had the tokens of `mark`. None if it is not known."""
+        if len(self._passes) < 2:
+            return self._passes[0] if self._passes else None
+        marks = torch.stack([one.mark for one in self._passes])
+        return self._passes[int((marks - mark).abs().sum(dim=1).nan_to_num(torch.inf).argmin())]
+
+    def _repeat_draws(self) -> None:
+        """Leave torch's CPU generator as the upkeep of the pass did, if it was where that began."""
+        draws = None if self._current is None else self._current.draws
+        if draws is not None and torch.equal(draws[0], torch.get_rng_state()):
+            torch.set_rng_state(draws[1])
+
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, {self.weight.shape[1]}"
+
+
+@contextmanager
+def passing(books: Sequence[Codebook], tokens: Tensor) -> Generator[None]:
+    """Around the forward pass, in training and in eager mode, of the module that `books` are parts of.
+
+    Raises RuntimeError inside a transform of `torch.func`, which can move none.
+    """
+    if modes.transformed(tokens) and any(not book.still for book in books):
+        raise RuntimeError(
+            "torch.func transforms pure functions, and a quantizer in training moves its codebooks: call eval() or "
+            "requires_grad_(False) on it first"
+        )
+    replay = modes.in_backward()
+    # The first pass of a checkpoint is one without gradients, or one with hooks on what is saved for the backward pass.
+    first = not torch.is_grad_enabled() or modes.hooks_on_saved()
+    mark = None
+    if books and (replay or first):
+        mark = torch.stack([tokens.detach().sum(), tokens.detach().square().sum()])
+    for book in books:
+        book.begin(mark, replay)
+    try:
+        yield
+    finally:
+        for book in books:
+            book.end()
 
 
 @library.custom_op("latticode::codebook_upkeep", mutates_args=("weight", "count", "total", "initialized"))
@@ -155,7 +302,8 @@ def _upkeep(
     decay: float,
 ) -> None:
     """An operator of its own, since it decides by the data: torch.compile need not look inside."""
-    dead = count < restart * (count.mean() if upkeep == "restart" else 1 - decay)
+    free = count.isfinite()
+    dead = free & (count < restart * (count[free].mean() if upkeep == "restart" else 1 - decay))
     if initialized and upkeep != "online" and not dead.any():
         return
     if initialized and upkeep == "split":
@@ -163,10 +311,10 @@ def _upkeep(
         return
     tokens = tokens[keep]
     if not initialized:
-        vectors, fresh = kmeans(tokens, len(weight), unit=unit)
+        rows = free.nonzero().squeeze(1)
+        vectors, fresh = kmeans(tokens, len(rows), unit=unit)
         if not fresh.any():
             return
-        rows = torch.arange(len(weight), device=weight.device)
         initialized.fill_(True)
     elif upkeep == "online":
         rows, vectors = cluster(tokens, weight.to(tokens), count, decay)
@@ -176,7 +324,7 @@ def _upkeep(
         vectors = draw(tokens, len(rows))
         rows = rows[: len(vectors)]
         # Left as they were, the averages would move the vector back to where it died.
-        fresh = count.mean().expand(len(rows))
+        fresh = count[free].mean().expand(len(rows))
     vectors = _unit(vectors) if unit else vectors
     weight[rows] = vectors.to(weight)
     count[rows] = fresh.to(count)
@@ -234,8 +382,9 @@ def cluster(tokens: Tensor, vectors: Tensor, count: Tensor, decay: float) -> tup
 
     Draws from torch's global CPU generator; the draw of rank 0 counts.
     """
-    share = count.double() / count.double().sum()
-    pull = torch.exp(-10 * len(count) / (1 - decay) * share - 1e-3)
+    free = count.isfinite()
+    share = count.double() / count[free].double().sum()
+    pull = torch.exp(-10 * int(free.sum()) / (1 - decay) * share - 1e-3)
     rows = (pull > torch.finfo(torch.float32).eps).nonzero().squeeze(1)
     if len(rows) == 0 or _census(tokens)[1] == 0:
         return rows[:0], vectors[:0]
@@ -252,7 +401,7 @@ def split(weight: Tensor, count: Tensor, total: Tensor, least: float, *, unit: b
     enough. Draws from torch's global CPU generator; the draw of rank 0 counts.
     """
     counts = count.tolist()
-    rich = [(-n, code) for code, n in enumerate(counts) if n >= least]
+    rich = [(-n, code) for code, n in enumerate(counts) if least <= n < math.inf]
     poor = sorted((n, code) for code, n in enumerate(counts) if n < least)
     heapq.heapify(rich)
     noise = 1 + JITTER * (2 * torch.rand(len(poor), weight.shape[1]) - 1)

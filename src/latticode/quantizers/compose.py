@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.freezing import Freezable
 from latticode.core.types import Quantized
 from latticode.quantizers.base import Quantizer, Step, Tokens, contractions, pooled
 from latticode.quantizers.gradients import straight_through
@@ -25,6 +26,11 @@ class Projected(Quantizer):
 
     Raises:
         ValueError: for a width below 1.
+
+    Examples:
+        >>> from latticode import FSQ
+        >>> Projected(FSQ([8, 5, 5, 5]), dim=512)(torch.randn(3, 512)).latents.shape
+        torch.Size([3, 512])
     """
 
     def __init__(self, quantizer: Quantizer, dim: int):
@@ -80,6 +86,11 @@ class Grouped(Quantizer):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> from latticode import VQ
+        >>> Grouped(VQ(256, 8), groups=4)(torch.randn(300, 32)).codes.shape
+        torch.Size([300, 4])
     """
 
     def __init__(self, quantizers: Sequence[Quantizer] | Quantizer, groups: int | None = None):
@@ -163,6 +174,13 @@ class Hierarchical(Quantizer):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> from latticode import FSQ
+        >>> quantizer = Hierarchical(FSQ([5, 5]), FSQ([5, 5], "clamp"), fanout=4)
+        >>> out = quantizer(torch.randn(3, 8))
+        >>> out.codes.shape, quantizer.decode(out.codes[:, :1]).shape
+        (torch.Size([3, 5]), torch.Size([3, 8]))
     """
 
     def __init__(self, top: Quantizer, bottom: Quantizer, fanout: int):
@@ -229,10 +247,16 @@ class Hierarchical(Quantizer):
         return f"fanout={self.fanout}"
 
 
-class ChannelDim(nn.Module):
+class ChannelDim(Freezable):
     """`quantizer` for latents with their channels at `channel_dim`, (B, D, *grid) by default. No copy: views only.
 
     Codes and masks are as they were, (B, *grid, K) and (B, *grid).
+
+    Examples:
+        >>> from latticode import FSQ
+        >>> out = ChannelDim(FSQ([8, 5, 5, 5]))(torch.randn(2, 4, 16, 16))
+        >>> out.latents.shape, out.codes.shape
+        (torch.Size([2, 4, 16, 16]), torch.Size([2, 16, 16, 1]))
     """
 
     def __init__(self, quantizer: Quantizer, channel_dim: int = 1):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from latticode.core.constants import constant
 from latticode.core.types import Quantized
 from latticode.kernels import Lattice, to_lattice
 from latticode.kernels.grid import Channels, digits, values
@@ -56,6 +57,14 @@ class FSQ(Quantizer):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> quantizer = FSQ([8, 5, 5, 5])
+        >>> out = quantizer(torch.randn(2, 16, 16, 4))
+        >>> out.latents.shape, out.codes.shape, quantizer.vocab
+        (torch.Size([2, 16, 16, 4]), torch.Size([2, 16, 16, 1]), (1000,))
+        >>> torch.equal(quantizer.decode(out.codes), out.latents)
+        True
     """
 
     def __init__(
@@ -78,12 +87,6 @@ class FSQ(Quantizer):
         self.dim, self.vocab, self.feedback = len(self.levels), self._lattice.vocab, feedback
         if feedback:
             self.shear = nn.ParameterList(nn.Parameter(torch.zeros(i)) for i in range(1, self.dim))  # rows of F
-        # Integers survive .bfloat16(); nothing is saved, since the spec says it all.
-        self.register_buffer("_levels", torch.tensor(self.levels), persistent=False)
-        self.register_buffer("_basis", torch.tensor(self._lattice.basis), persistent=False)
-
-    _levels: Tensor
-    _basis: Tensor
 
     @property
     def radix(self) -> tuple[int, ...] | None:
@@ -145,7 +148,7 @@ class FSQ(Quantizer):
         bounded = self._soft(z, latents)
         ones = (len(z), *[1] * (z.ndim - 1)) if z.ndim > 1 else (1,)
         soft, kept = torch.rand(2, *ones, device=z.device) < self.noise
-        bins = (torch.rand(z.shape, device=z.device) - 0.5) / self._width()
+        bins = (torch.rand(z.shape, device=z.device) - 0.5) / self._width(z.device)
         return torch.where(kept, torch.where(soft, bounded, latents), bounded + bins).to(z.dtype)
 
     def _soft(self, z: Tensor, latents: Tensor) -> Tensor:
@@ -161,13 +164,12 @@ class FSQ(Quantizer):
         return to_lattice(self.sheared(x), self._lattice)[1]
 
     def _decode(self, codes: Tensor) -> Tensor:
-        return values(self._digits(codes).float(), self._width())
+        return values(self._digits(codes).float(), self._width(codes.device))
 
-    def _width(self) -> Tensor:
+    def _width(self, device: torch.device) -> Tensor:
         """The bins between the middle of the grid, 0, and its lower end, -1."""
-        if self.bound == "paper":
-            return (self._levels // 2).float()
-        return (self._levels - 1).float() / 2
+        bins = [level // 2 if self.bound == "paper" else (level - 1) / 2 for level in self.levels]
+        return constant(bins, torch.float32, device)
 
     def bounded(self, z: Tensor) -> Tensor:
         """What is rounded, in units of latents: float32, shape of `z` (..., D)."""
@@ -176,7 +178,8 @@ class FSQ(Quantizer):
 
     def index(self, digits: Tensor) -> Tensor:
         """Digits (..., D) to codes (..., K): mixed radix in each run, the first channel fastest (App. A.1)."""
-        return (digits.long() * self._basis).unflatten(-1, (self.factors, -1)).sum(dim=-1)
+        basis = constant(self._lattice.basis, torch.int64, digits.device)
+        return (digits.long() * basis).unflatten(-1, (self.factors, -1)).sum(dim=-1)
 
     def digits(self, codes: Tensor) -> Tensor:
         """Codes (..., K) to the digit of each channel (..., D) int64. Raises ValueError outside `vocab`."""
@@ -184,7 +187,8 @@ class FSQ(Quantizer):
         return self._digits(codes.long())
 
     def _digits(self, codes: Tensor) -> Tensor:
-        basis, levels = (one.view(self.factors, -1) for one in (self._basis, self._levels))
+        lists = (self._lattice.basis, self.levels)
+        basis, levels = (constant(one, torch.int64, codes.device).view(self.factors, -1) for one in lists)
         return (codes[..., None] // basis % levels).flatten(-2)  # not .div(), which ONNX rounds to 53 bits
 
     def extra_repr(self) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from latticode.kernels import _exporting, nearest_code
+from latticode.core.modes import exporting
+from latticode.kernels import nearest_code
 from latticode.quantizers.base import Quantizer, Step, Tokens, Update, token_mean
 from latticode.quantizers.codebook import Codebook
 from latticode.quantizers.gradients import straight_through
@@ -36,8 +38,8 @@ class QINCo(Contextual):
 
     c'_k = y_B with y_0 = c_k + P [c_k, x] and y_{b+1} = y_b + V_b relu(U_b y_b): P maps 2 D channels to D, U_b D to
     `width` and V_b back. All starts as the plain codebook: P and V_b are 0. Alone, or as the first stage of
-    a `Residual`, there is no context and the codebook is plain, as in the paper; the network then gets no gradient, so
-    a first stage is better a `VQ` with update "gradient".
+    a `Residual`, there is no context and the codebook is plain, as in the paper; the network then gets gradients of 0,
+    so a first stage is better a `VQ` with update "gradient".
 
     Losses, unweighted: `commitment`, mean (z - sg(c'))^2, and `codebook`, mean (c' - sg(z))^2, weighed 1, the loss of
     the paper. The gradient passes straight through to the latents; the context counts as constant.
@@ -55,6 +57,14 @@ class QINCo(Contextual):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> from latticode import VQ, Residual
+        >>> quantizer = Residual([VQ(16, 4, update="gradient"), QINCo(16, 4, width=8), QINCo(16, 4, width=8)])
+        >>> out = quantizer(torch.randn(100, 4))
+        >>> loss = out.losses["codebook"] + 0.25 * out.losses["commitment"]
+        >>> out.codes.shape
+        torch.Size([100, 3])
     """
 
     def __init__(
@@ -84,9 +94,10 @@ class QINCo(Contextual):
             self.embedding.upkeep(x, keep)
         codes = self._encode(x, context)
         q = self._decode(codes, context)
+        codebook = q + self._unused() if context is None and self.training else q
         losses = {
             "commitment": token_mean((target - q.detach()).square(), keep),
-            "codebook": token_mean((q - target.detach()).square(), keep),
+            "codebook": token_mean((codebook - target.detach()).square(), keep),
         }
         return Step(straight_through(x, q), codes, losses, [Update(self.embedding, x, codes, keep)])
 
@@ -96,7 +107,7 @@ class QINCo(Contextual):
         if context is None:
             codes = nearest_code(flat, vectors)
         else:
-            search = _nearest if _exporting() else _search  # no other runtime knows our operator
+            search = _nearest if exporting() else _search  # no other runtime knows our operator
             codes = search(flat, context.reshape(-1, self.dim), vectors, self._network())
         return codes.view(*x.shape[:-1], 1)
 
@@ -107,6 +118,10 @@ class QINCo(Contextual):
         # One layout, however the tokens came: a matrix product rounds by it.
         rows = context.reshape(-1, self.dim).contiguous()
         return adapted(vectors.reshape(-1, self.dim), rows, self._network()).view(vectors.shape)
+
+    def _unused(self) -> Tensor:
+        """0, with a gradient of 0 for the network: DDP waits for one of every parameter."""
+        return 0 * torch.stack([weight.sum() for weight in self._network()]).sum()
 
     def _network(self) -> list[Tensor]:
         """The weights in the order of `adapted`, in float32 at least."""
@@ -151,6 +166,18 @@ def _search(x: Tensor, context: Tensor, vectors: Tensor, weights: Sequence[Tenso
         tile = slice(start, start + rows)
         nearest[tile] = _nearest(x[tile], context[tile], vectors, weights)
     return nearest
+
+
+@library.register_vmap("latticode::adapted_nearest_code")  # pyright: ignore[reportOptionalCall]
+def _(info: Any, in_dims: Any, x: Tensor, context: Tensor, vectors: Tensor, weights: Sequence[Tensor]) -> Any:
+    if any(dim is not None for dim in (in_dims[2], *in_dims[3])):
+        raise NotImplementedError("vmap of QINCo takes many batches of tokens, not many networks")
+    rows = [
+        one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
+        for one, dim in zip((x, context), in_dims, strict=False)
+    ]
+    codes = _search(*(one.flatten(0, 1) for one in rows), vectors, weights)
+    return codes.view(rows[0].shape[:2]), 0
 
 
 @library.register_fake("latticode::adapted_nearest_code")

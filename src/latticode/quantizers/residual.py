@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latticode.core.constants import constant
 from latticode.core.types import Quantized, Softened
 from latticode.kernels import Lattice, to_lattices
 from latticode.kernels.stages import fits, joint_latents
@@ -56,6 +56,15 @@ class Residual(Softening):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> from latticode import VQ
+        >>> quantizer = Residual([VQ(64, 8), VQ(64, 8), VQ(64, 8)])
+        >>> out = quantizer(torch.randn(100, 8))
+        >>> out.codes.shape
+        torch.Size([100, 3])
+        >>> quantizer.decode(out.codes[:, :2]).shape  # from the first two stages
+        torch.Size([100, 8])
     """
 
     def __init__(
@@ -78,23 +87,14 @@ class Residual(Softening):
         scales, left = units(sequence)
         if soft_clamp and math.inf in first.reach:
             raise ValueError("soft_clamp needs a first stage with a fixed grid, one whose contraction is below 1")
-        self._table = [*scales, first.reach]
+        self._table = scales
         # Clamped values are not near z, so what is left of z has no bound.
         share = [width / reach if reach < math.inf else 1.0 for width, reach in zip(left, first.reach, strict=True)]
         self.contraction = 1.0 if soft_clamp else share
-        self.register_buffer("_constants", torch.tensor(self._table), persistent=False)
-
-    _constants: Tensor  # (depth + 1, D): the scale of each stage, and the reach of the first
 
     @property
     def reach(self) -> list[float]:
         return [math.inf] * self.dim if self.soft_clamp else self._sequence[0].reach
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Residual:
-        super()._apply(*args, **kwargs)
-        # Rounded to half precision, the scales would move the grids.
-        self._constants = torch.tensor(self._table, dtype=self._arithmetic, device=self._constants.device)
-        return self
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantize `z` (..., D) with gradients; `mask` (...) bool is False at padding."""
@@ -189,8 +189,8 @@ class Residual(Softening):
         assert isinstance(self.stages, FSQ)
         by_stage = codes.unflatten(-1, (-1, lattice.factors))  # (..., stages, factors)
         absent = (by_stage < 0).any(dim=-1).cumsum(dim=-1) > 0
-        digits = self.stages._digits(by_stage.clamp(min=0))
-        middle = torch.tensor(lattice.levels, device=codes.device) - 1
+        digits = self.stages._digits(by_stage.clamp(min=0))  # pyright: ignore[reportPrivateUsage]
+        middle = constant([level - 1 for level in lattice.levels], torch.int64, codes.device)
         places = (2 * digits - middle).masked_fill(absent[..., None], 0)
         missing = len(self._prefixes) - places.shape[-2]
         return joint_latents(F.pad(places, (0, 0, 0, missing)), lattice)
@@ -201,7 +201,8 @@ class Residual(Softening):
         stage = self.stages
         if not isinstance(stage, FSQ) or stage.noise or stage.feedback or self._arithmetic != torch.float32:
             return None
-        return stage._lattice if fits(stage._lattice) else None
+        lattice = stage._lattice  # pyright: ignore[reportPrivateUsage]
+        return lattice if fits(lattice) else None
 
     @property
     def _drops(self) -> bool:
@@ -238,15 +239,19 @@ class Residual(Softening):
     def _bound(self, z: Tensor) -> Tensor:
         if not self.soft_clamp:
             return z
-        limit = self._constants[-1]
+        limit = constant(self._sequence[0].reach, self._arithmetic, z.device)
         return limit * torch.tanh(z / limit)
 
     def _down(self, x: Tensor, i: int) -> Tensor:
         """`x` (..., D) in the units of stage i."""
-        return x / self._constants[i] if self._is_scaled(i) else x
+        return x / self._scale(i, x.device) if self._is_scaled(i) else x
 
     def _up(self, x: Tensor, i: int) -> Tensor:
-        return x * self._constants[i] if self._is_scaled(i) else x
+        return x * self._scale(i, x.device) if self._is_scaled(i) else x
+
+    def _scale(self, i: int, device: torch.device) -> Tensor:
+        """(D,), never in half precision, which would move the grids."""
+        return constant(self._table[i], self._arithmetic, device)
 
     def _is_scaled(self, i: int) -> bool:
         return any(scale != 1 for scale in self._table[i])

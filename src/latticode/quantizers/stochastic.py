@@ -6,6 +6,7 @@ Both weigh every code for every token, so training takes O(N K) memory by nature
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,13 @@ class Gumbel(Quantizer):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> quantizer = Gumbel(64, 8)
+        >>> quantizer.temperature = 0.5  # lowered in training
+        >>> out = quantizer(torch.randn(100, 8))
+        >>> out.codes.shape, list(out.losses)
+        (torch.Size([100, 1]), ['kl'])
     """
 
     def __init__(self, size: int, dim: int, *, temperature: float = 1.0, hard: bool = False):
@@ -93,6 +101,13 @@ class StochasticVQ(Quantizer):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> quantizer = StochasticVQ(64, 8)
+        >>> out = quantizer(torch.randn(100, 8))
+        >>> loss = out.losses["kl"] + out.losses["kl_continuous"]  # beside a likelihood
+        >>> out.codes.shape
+        torch.Size([100, 1])
     """
 
     def __init__(self, size: int, dim: int, *, temperature: float = 1.0, variance: float = 1.0):
@@ -103,7 +118,8 @@ class StochasticVQ(Quantizer):
         self.size, self.dim, self.vocab = size, dim, (size,)
         self.temperature, self.variance = temperature, variance
         self.embedding = nn.Parameter(torch.randn(size, dim))
-        self.log_variance = nn.Parameter(torch.tensor(math.log(variance)))
+        self.log_variance = nn.Parameter(torch.tensor([math.log(variance)]))  # (1,): no scalar can be sharded
+        self.register_load_state_dict_pre_hook(_as_vector)
 
     def _quantize(self, tokens: Tokens) -> Step:
         x, target, keep = tokens.values, tokens.target, tokens.keep
@@ -135,6 +151,12 @@ class StochasticVQ(Quantizer):
 
     def extra_repr(self) -> str:
         return f"{self.size}, {self.dim}, temperature={self.temperature}, variance={self.variance}"
+
+
+def _as_vector(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Version 0.1 saved the variance as a scalar."""
+    if (saved := state.get(f"{prefix}log_variance")) is not None:
+        state[f"{prefix}log_variance"] = saved.reshape(1)
 
 
 def gumbel_like(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from latticode import kernels
 from latticode.core import distributed
 from latticode.core.types import Softened
-from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, Update, token_mean
+from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, Update, token_mean, without_autocast
 from latticode.quantizers.codebook import UPKEEPS, Codebook
 from latticode.quantizers.gradients import ESTIMATORS, check_estimator, straight_through, synchronized
 
@@ -45,7 +45,7 @@ class Softening(Quantizer, ABC):
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be > 0, got {temperature}")
         self._check_latents(z)
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device.type):
             tokens = self._tokens(z, None)
             codes, p = self._soften(tokens.values, temperature)
             gone = ~tokens.keep[..., None]
@@ -124,9 +124,10 @@ class NearestCode(Softening):
 class VQ(NearestCode):
     """A learned codebook of `size` vectors of width `dim`.
 
-    Losses, unweighted: `commitment`, mean (z - sg(q))^2, usually weighed 0.25; with update "gradient" also `codebook`,
-    mean (q - sg(z))^2, weighed 1; with `entropy` also `sample_entropy`, the mean over tokens of H(p_n) in nats, and
-    `diversity`, ln K - H(mean of p_n), both >= 0 and usually weighed alike, 0.1 (MaskGIT). p_n is the softmax over
+    Losses, unweighted: `commitment`, mean (z - sg(q))^2 with sg for no gradient, which keeps the encoder near its codes
+    and is usually weighed 0.25, as in the paper; with update "gradient" also `codebook`, mean (q - sg(z))^2, weighed 1;
+    with `entropy` also `sample_entropy`, the mean over tokens of H(p_n) in nats, and `diversity`,
+    ln K - H(mean of p_n), both >= 0 and usually weighed alike, 0.1 (MaskGIT). p_n is the softmax over
     codes of -|z_n - c|^2 / tau. In training the batch is quantized with the codebook as it is, and only then are the
     averages moved; k-means and restarts come before, so codes always decode to the latents returned with them.
 
@@ -156,6 +157,13 @@ class VQ(NearestCode):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> quantizer = VQ(512, 8)
+        >>> out = quantizer(torch.randn(4, 100, 8))
+        >>> out.codes.shape, list(out.losses)
+        (torch.Size([4, 100, 1]), ['commitment'])
+        >>> loss = 0.25 * out.losses["commitment"]  # beside what the decoder loses
     """
 
     def __init__(
@@ -206,14 +214,14 @@ class VQ(NearestCode):
         return vectors * self.log_scale.to(vectors).exp() + self.shift.to(vectors) if self.affine else vectors
 
     def _quantize(self, tokens: Tokens) -> Step:
-        placed = tokens.through(self._place)
-        raw = self._raw(placed.values)
+        placed, updates = tokens.through(self._place), []
         if tokens.upkeep:
-            self.embedding.upkeep(raw, tokens.keep)
+            self.embedding.upkeep(self._raw(placed.values), tokens.keep)
         found = self._find(placed)
         latents = synchronized(found.latents, found.quantized, self.sync) if self.sync else found.latents
-        update = Update(self.embedding, raw, found.codes, tokens.keep)
-        return Step(latents, found.codes[..., None], found.losses, [update])
+        if self.training:
+            updates = [Update(self.embedding, self._raw(placed.values), found.codes, tokens.keep)]
+        return Step(latents, found.codes[..., None], found.losses, updates)
 
     def _place(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.normalize else x
@@ -244,6 +252,13 @@ class SimVQ(NearestCode):
 
     Raises:
         ValueError: for arguments outside the above.
+
+    Examples:
+        >>> quantizer = SimVQ(1024, 8)
+        >>> out = quantizer(torch.randn(100, 8))
+        >>> loss = out.losses["codebook"] + 0.25 * out.losses["commitment"]
+        >>> [name for name, _ in quantizer.named_parameters()]
+        ['transform.weight']
     """
 
     learned = True
@@ -267,7 +282,7 @@ class SimVQ(NearestCode):
 
     def vectors(self) -> Tensor:
         # All of them, also for a few codes to decode: a matrix product rounds by its shape, and they would differ.
-        bias = None if self.transform.bias is None else self.transform.bias.to(self._arithmetic)
+        bias = self.transform.bias.to(self._arithmetic) if self.bias else None
         return F.linear(self.frozen.to(self._arithmetic), self.transform.weight.to(self._arithmetic), bias)
 
     def _quantize(self, tokens: Tokens) -> Step:
