@@ -109,7 +109,13 @@ class CodeBatch:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The condition of a prior. A label of -1 and an empty text ask for an unconditional sample."""
+    """The condition of a prior. A label of -1 and an empty text ask for an unconditional sample.
+
+    Examples:
+        >>> import torch
+        >>> Conditioning(labels=torch.tensor([3, -1, 7])).take(slice(0, 2)).labels
+        tensor([ 3, -1])
+    """
 
     labels: Tensor | None = None  # (B,) int64
     texts: tuple[str, ...] | None = None  # one for each of the B images
@@ -123,7 +129,13 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a prior samples. A prior ignores what its decoding order has no use for."""
+    """How a prior samples. A prior ignores what its decoding order has no use for.
+
+    Examples:
+        >>> greedy = Sampling(temperature=0.0)
+        >>> Sampling(steps=18, guidance=2.0, guidance_schedule="linear").steps
+        18
+    """
 
     steps: int = 12  # forward passes of an iterative decoder
     temperature: float = 1.0  # of the token draw
