@@ -14,7 +14,7 @@ import torch
 
 from drawn import close, golden, normal, random_state, uniform
 from latticode.dense.tasks import Depth
-from latticode.dense.uvim import resized
+from latticode.dense.uvim import passing, resized
 from latticode.metrics.dense import DepthMetrics, PanopticMetrics
 from latticode.quantizers.codebook import split
 
@@ -25,6 +25,14 @@ EXPECTED = golden("uvim")
 def test_resize(size: tuple[int, int]) -> None:
     """Smaller, larger and mixed, of a grid of 6 x 4."""
     close(resized(uniform("uvim.x", (2, 6, 4, 3)), size), EXPECTED[f"resize_{size[0]}x{size[1]}"])
+
+
+@pytest.mark.parametrize("length", [1, 4, 9, 16])
+def test_code_dropout(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A code passes where its importance is above the draw of its image."""
+    draws = torch.linspace(0, 0.999, 50)[:, None]
+    monkeypatch.setattr(torch, "rand", lambda *shape, device=None: draws)
+    assert torch.equal(passing(50, (1, length), "prefix")[:, 0], EXPECTED[f"importance_{length}"] > draws)
 
 
 def test_splitting() -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.core.constants import constant
+from latticode.core.derived import constant
 from latticode.core.values import to_float, to_uint8
 from latticode.metrics.dense import ClassMetrics, ColorizationMetrics, DepthMetrics, PanopticMetrics
 from latticode.viz.pictures import ramp_colours, segment_colours

@@ -23,4 +23,5 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
 
 @functools.cache
 def has_triton() -> bool:
+    """Whether Triton is installed, so that a GPU can run its kernels."""
     return importlib.util.find_spec("triton") is not None

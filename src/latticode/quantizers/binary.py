@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latticode import kernels
 from latticode.core import distributed
-from latticode.core.constants import constant
+from latticode.core.derived import constant
 from latticode.quantizers.base import Loss, Quantizer, Step, Tokens, token_mean
 from latticode.quantizers.gradients import straight_through
 

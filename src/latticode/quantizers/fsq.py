@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from latticode.core.constants import constant
+from latticode.core.derived import constant
 from latticode.core.types import Quantized
 from latticode.kernels import Lattice, to_lattice
 from latticode.kernels.grid import Channels, digits, values

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latticode.core.constants import constant
+from latticode.core.derived import constant
 from latticode.core.types import Quantized, Softened
 from latticode.kernels import Lattice, to_lattices
 from latticode.kernels.stages import fits, joint_latents
