@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from helpers import tokenizer_spec
-from latticode.core.registry import build
+from latticode.core.registry import build, spec_of
 from latticode.losses.perceptual import LPIPS, FeatureDistance, Perceptual
 from latticode.metrics.classifier import Classifier
 
@@ -94,6 +94,15 @@ def test_the_network_is_a_constant(perceptual: Perceptual) -> None:
     assert not any(module.training for module in perceptual.modules())
     assert torch.equal(perceptual(x, y), before)
     assert all(b.dtype == torch.float64 for b in perceptual.double().buffers() if b.is_floating_point())  # it moves
+
+
+def test_a_build_on_the_meta_device_keeps_the_network(perceptual: Perceptual) -> None:
+    """Inside a model that is built there and emptied, as large ones are."""
+    spec, x = spec_of(perceptual), torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.device("meta"):
+        model = nn.ModuleList([nn.Linear(3, 3), build(spec)])
+    model.to_empty(device="cpu")
+    assert torch.equal(model[1](x, -x), perceptual(x, -x))
 
 
 def test_wrong_images_are_named(perceptual: Perceptual) -> None:

@@ -3,14 +3,15 @@
 Images are (B, C, H, W) in [-1, 1], the loss is a scalar mean. `LPIPS` has weights that were fitted to human judgements,
 `FeatureDistance` a classifier trained here.
 
-The networks are constants of the loss: they are no parameters, always in eval mode, and no part of a saved state.
+The networks are constants of the loss: they are no parameters, always in eval mode, and no part of a saved state. They
+are read from their files on a CPU, also inside a model that is built on the meta device, and survive `to_empty`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,6 +73,14 @@ class Perceptual(nn.Module, ABC):
             total = total + self.weigh(stage, (_unit(h) - goal).square()).mean()
         return total
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        held = [buffer.detach() for buffer in self.buffers()]
+        super()._apply(fn, recurse)
+        for now, before in zip(self.buffers(), held, strict=True):
+            if not now.is_meta:
+                now.copy_(before)  # `to_empty` leaves whatever was in memory
+        return self
+
     def train(self, mode: bool = True) -> Self:
         """Always eval mode: the network is a constant of the loss."""
         return super().train(False)
@@ -103,7 +112,8 @@ class FeatureDistance(Perceptual):
     def __init__(self, run: str):
         super().__init__()
         self.run = run
-        network = load_model(Path(run))
+        with torch.device("cpu"):
+            network = load_model(Path(run))
         if not isinstance(getattr(network, "body", None), nn.Sequential):
             raise ValueError(f"{run} holds a {type(network).__name__}; a classifier is needed")
         self.channels = int(network.channels)
@@ -164,19 +174,20 @@ class LPIPS(Perceptual):
                 "torch_fidelity's and torchvision's own LPIPS put them there; or use the perceptual type 'features', "
                 "which needs a classifier trained here"
             )
-        body, at = [], 3
-        for stage, (width, count) in enumerate(zip(self.widths, self.convolutions, strict=True)):
-            body += [nn.MaxPool2d(2)] if stage else []
-            for _ in range(count):
-                body += [nn.Conv2d(at, width, 3, padding=1), nn.ReLU()]
-                at = width
-        features = nn.Sequential(*body)
-        _fill(features, files[VGG_URL], "features.")
-        heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in self.widths)
-        _fill(heads, files[LINEAR_URL], "lin", ".model.1")
-        self.features, self.heads = constant(features), constant(heads)
-        for key, values in (("shift", (-0.030, -0.088, -0.188)), ("scale", (0.458, 0.448, 0.450))):
-            self.register_buffer(key, torch.tensor(values)[:, None, None], persistent=False)
+        with torch.device("cpu"):
+            body, at = [], 3
+            for stage, (width, count) in enumerate(zip(self.widths, self.convolutions, strict=True)):
+                body += [nn.MaxPool2d(2)] if stage else []
+                for _ in range(count):
+                    body += [nn.Conv2d(at, width, 3, padding=1), nn.ReLU()]
+                    at = width
+            features = nn.Sequential(*body)
+            heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in self.widths)
+            _fill(features, files[VGG_URL], "features.")
+            _fill(heads, files[LINEAR_URL], "lin", ".model.1")
+            self.features, self.heads = constant(features), constant(heads)
+            for key, values in (("shift", (-0.030, -0.088, -0.188)), ("scale", (0.458, 0.448, 0.450))):
+                self.register_buffer(key, torch.tensor(values)[:, None, None], persistent=False)
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """The last rectifier before each halving, and the last of all."""
