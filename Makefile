@@ -7,12 +7,15 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # One thread in each process of the tests: as many processes as cores share them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo check test lint docs dist clean
+.PHONY: demo check quick test lint docs dist clean
 
 demo: .venv/demo.stamp
 	$(BIN)/latticode demo --out runs/demo
 
-check: .venv/dev.stamp lint
+check: .venv/dev.stamp
+	+$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint quick
+
+quick: .venv/dev.stamp
 	$(PYTEST) --quick
 
 test: .venv/dev.stamp lint
@@ -24,7 +27,7 @@ lint: .venv/dev.stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: .venv/docs.stamp
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The source, a wheel of this platform and the pure one. A release takes its wheels from .github/workflows/wheels.yml.
 dist: .venv/dev.stamp

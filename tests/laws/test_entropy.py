@@ -317,6 +317,7 @@ def test_one_graph(case: Case):
         torch.testing.assert_close(with_gradients(compiled, *some), with_gradients(function, *some))
 
 
+@pytest.mark.slow
 def test_operators_keep_their_promises():
     logits, weights = bits(9, 5, 2.0)
     library.opcheck(entropies.bernoulli_entropy, (logits.requires_grad_(),))

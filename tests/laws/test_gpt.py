@@ -108,6 +108,7 @@ class Step(nn.Module):
         return self.prior.step(codes, labels, state, u)
 
 
+@pytest.mark.slow
 @every_spec
 def test_an_exported_step_decodes_as_the_sampler_does(spec: dict[str, Any]):
     prior, labels = small(**spec), torch.tensor([0, 1, -1])

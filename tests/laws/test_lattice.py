@@ -280,6 +280,7 @@ class Module(nn.Module):
         return to_lattice(z, self.lattice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tokens", "image"])
 def test_compiles_as_one_graph(layout: str):
     torch._dynamo.reset()
@@ -299,6 +300,7 @@ def test_compiles_as_one_graph(layout: str):
         assert same(z.grad, twin.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_exports_plain_operators(bound: str):
     lattice = Lattice((8, 5, 2), bound, factors=3)

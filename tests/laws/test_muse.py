@@ -54,6 +54,7 @@ def spy(prior: Muse) -> dict[str, list[tuple[Tensor, Tensor, Tensor, Any]]]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab", "grid"), [([2] * 5, [1, 2]), ([3, 2, 2, 2, 2], [1, 1]), ([3, 4], [2, 1])])
 @pytest.mark.parametrize("text", [False, True])
 def test_two_levels_sum_to_one(vocab: list[int], grid: list[int], text: bool):

@@ -15,6 +15,7 @@ from zoo import SAME_AT_REST, SPECS, latents, same
 distinct = pytest.mark.parametrize("spec", sorted(set(SAME_AT_REST.values()), key=list(SPECS).index), indirect=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_one_graph(quantizer: Quantizer, training: bool):
     """No graph break; values, gradients and what a training step does to the state are eager's."""
@@ -115,6 +116,7 @@ def test_onnx_of_a_quantizer_as_it_stands(name: str):
         torch.testing.assert_close(torch.from_numpy(ours), theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @distinct
 def test_one_graph_of_encode(trained: Quantizer):
     torch._dynamo.reset()

@@ -387,6 +387,7 @@ def test_behind_a_grid_the_context_is_in_the_units_of_the_stage():
     torch.testing.assert_close(Residual([grid, stage]).decode(codes), expected)
 
 
+@pytest.mark.slow
 def test_qinco_fits_what_depends_on_the_context():
     """Tokens c (1 +- 1/4) around four corners c: the best two plain codes leave 1/4, QINCo turns its two to each c."""
     corners = torch.tensor([[4.0, 0.0], [0.0, 4.0], [-4.0, 0.0], [0.0, -4.0]])

@@ -182,6 +182,7 @@ def test_compiles_whole():
     assert torch.equal(*gradients)
 
 
+@pytest.mark.slow
 def test_exported_it_is_plain_operators():
     program = torch.export.export(Model(), (draw(10, 4),), dynamic_shapes={"z": {0: torch.export.Dim("n")}})
     assert "latticode" not in str(program.graph)

@@ -340,6 +340,7 @@ def stage_one(quantizer: dict[str, Any], **changes: Any) -> str:
     return f"tokenizer={json.dumps(spec)}"
 
 
+@pytest.mark.slow
 @both
 def test_both_stages_train_on_one_loop(tmp_path: Path, quantizer: dict[str, Any]):
     """A user's task, from data to predictions."""

@@ -105,6 +105,7 @@ def test_a_recipe_that_opens_with_a_published_number_is_in_the_table() -> None:
         assert f"latticode.cli train {name}" in opening[name] or f"latticode train {name}" in opening[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_the_recipe_is_as_published(name: str) -> None:
     published = TABLE[name]
@@ -123,6 +124,7 @@ def test_the_recipe_is_as_published(name: str) -> None:
     assert set(objective.players(tokenizer)) <= {"tokenizer", "discriminator"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRIORS)
 def test_the_prior_is_as_published(name: str) -> None:
     published, recipe = PRIORS[name], read_recipe(name)

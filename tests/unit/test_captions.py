@@ -310,6 +310,7 @@ def tokenizer(tmp_path_factory) -> Path:
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["data.flip=false", "data.flip=true"])
 def test_a_prior_learns_to_read_and_resumes(tmp_path, monkeypatch, tokenizer, how) -> None:
     """From an encoded data set and from images that are encoded as they come."""

@@ -50,6 +50,7 @@ def command(folder: Path, *more: str) -> list[str]:
     return ["-m", "latticode.cli", "train", "fsq-tokenizer", *overrides, *more, "--out", str(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", [FSQ_SPEC, VQ_SPEC], ids=["fsq", "vq"])
 @pytest.mark.parametrize("stop", [2, 3])
 def test_interrupted_and_resumed_ends_with_the_same_weights(tmp_path, monkeypatch, quantizer, stop) -> None:

@@ -325,6 +325,7 @@ def test_a_gan_goes_on_with_its_discriminator(tmp_path, source) -> None:
     assert not same(part(again, DISCRIMINATOR_STATE), before)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_resumes_without_its_source(tmp_path, monkeypatch, source) -> None:
     more = [f"init_from={source}", "train_only=[decoder]", "optimizer.schedule=constant"]
     whole = gan(tmp_path / "whole", *more, quantizer=VQ_SPEC)

@@ -180,6 +180,7 @@ def test_a_run_is_probed_from_the_command_line(gpt):
     assert "Linear probe" in write_report(gpt).read_text()
 
 
+@pytest.mark.slow
 def test_a_probe_repeats_itself_and_the_seed_draws_the_images(gpt):
     first, again, other = (probe(gpt, limit=60, seed=seed, console=QUIET) for seed in (0, 0, 1))
     assert first == again

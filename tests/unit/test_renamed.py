@@ -143,6 +143,7 @@ def test_the_model_of_a_run_is_left_alone() -> None:
     assert validate({**read_recipe("fsq-cifar10"), "about": "critic"}).about == "critic"
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run_of_0_1_has_the_names_of_today(tmp_path: Path) -> None:
     run = train(gan_config(False, "log_every=1", "picture_every=1"), tmp_path / "run", console=QUIET)
     (run / "tensorboard").rename(tmp_path / "away")

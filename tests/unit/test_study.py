@@ -299,6 +299,7 @@ def test_the_page_shows_it(done) -> None:
         assert text in page
 
 
+@pytest.mark.slow
 def test_finished_jobs_are_skipped(copied, monkeypatch) -> None:
     monkeypatch.setattr(study_run, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(study_plan, "open_loader", lambda *_, **__: pytest.fail("looked at the data"))
@@ -387,6 +388,7 @@ def test_a_long_study_shows_what_there_is_and_what_it_does(done, tmp_path, monke
     assert out.getvalue().count("skipped cut.png") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["evaluation.json", "config.yaml"])
 def test_jobs_of_different_protocols_do_not_mix(copied, file) -> None:
     path = copied / "jobs" / PLAN.jobs[2].name / file
