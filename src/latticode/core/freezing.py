@@ -11,6 +11,15 @@ class Freezable(nn.Module):
     """A module whose `requires_grad_` tells the codebooks inside too whether they may move.
 
     PyTorch's own only sets a flag of parameters, and the running averages of a codebook are none.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import VQ
+        >>> quantizer = VQ(4, 2, kmeans=False, restart=0.0).requires_grad_(False)
+        >>> before = quantizer.embedding.vectors().clone()
+        >>> _ = quantizer(torch.randn(100, 2))  # in training mode, where running averages would move the codes
+        >>> torch.equal(quantizer.embedding.vectors(), before)
+        True
     """
 
     moves: bool = True

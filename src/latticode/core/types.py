@@ -32,7 +32,19 @@ class Quantized(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """What a tokenizer returns from `forward`."""
+    """What a tokenizer returns from `forward`.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import FSQ, Tokenizer
+        >>> from latticode.autoencoders import ResidualDecoder, ResidualEncoder
+        >>> encoder, decoder = ResidualEncoder(3, latent=16, hidden=8), ResidualDecoder(3, latent=16, hidden=8)
+        >>> tokenizer = Tokenizer(encoder, FSQ([8, 5]), decoder).eval()
+        >>> with torch.no_grad():
+        ...     result = tokenizer(torch.zeros(1, 3, 16, 16))
+        >>> result.output.shape, result.codes.shape, result.losses
+        (torch.Size([1, 3, 16, 16]), torch.Size([1, 4, 4, 1]), {})
+    """
 
     output: Tensor  # (B, C, *size), like the input
     codes: Tensor  # (B, *grid, K) int64
@@ -40,7 +52,15 @@ class Reconstruction(NamedTuple):
 
 
 class Guided(NamedTuple):
-    """What a model of a dense task returns from `forward` (`latticode.dense.uvim`)."""
+    """What a model of a dense task returns from `forward` (`latticode.dense.uvim`).
+
+    Examples:
+        >>> import torch
+        >>> depth = Guided(torch.zeros(1, 256, 8, 8), torch.zeros(1, 2, 2, 1, dtype=torch.int64), {})
+        >>> output, codes, losses = depth
+        >>> output.argmax(1).shape  # of 256 bins of depth, the likeliest at each pixel
+        torch.Size([1, 8, 8])
+    """
 
     output: Tensor  # (B, channels of the task, H, W)
     codes: Tensor  # (B, *grid, K) int64, by which it was guided
@@ -48,7 +68,15 @@ class Guided(NamedTuple):
 
 
 class Softened(NamedTuple):
-    """Codes that were drawn, and the distributions that they were drawn from."""
+    """Codes that were drawn, and the distributions that they were drawn from.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import VQ
+        >>> codes, p = VQ(4, 2).soften(torch.randn(10, 2), temperature=0.5)
+        >>> codes.shape, p.shape, torch.allclose(p.sum(-1), torch.ones(10, 1))
+        (torch.Size([10, 1]), torch.Size([10, 1, 4]), True)
+    """
 
     codes: Tensor  # (B, *grid, K) int64
     p: Tensor  # (B, *grid, K, C), C the largest codebook's size; 0 where a smaller one has no code
@@ -69,7 +97,14 @@ def first_texts(texts: Texts, count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loader yields: preprocessed images, clips or waveforms and what is known of them."""
+    """What a loader yields: preprocessed images, clips or waveforms and what is known of them.
+
+    Examples:
+        >>> import torch
+        >>> batch = Batch(torch.zeros(3, 1, 4, 4), torch.tensor([7, -1, 2]), torch.arange(3))
+        >>> batch.drop(1).labels
+        tensor([-1,  2])
+    """
 
     # float32 in [-1, 1]: images (B, C, H, W), videos (B, C, T, H, W), waveforms (B, C, T); dense examples are int32
     # (B, 3 + L, H, W), RGB 0..255 and then L label maps
@@ -91,7 +126,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class CodeBatch:
-    """Tokens of images instead of images: what a prior trains on."""
+    """Tokens of images instead of images: what a prior trains on.
+
+    Examples:
+        >>> import torch
+        >>> batch = CodeBatch(torch.zeros(2, 4, 4, 1, dtype=torch.int64), torch.tensor([3, -1]), (("a cat",), ()))
+        >>> first_texts(batch.texts, 2)
+        ('a cat', '')
+    """
 
     codes: Tensor  # (B, *grid, K) int64
     labels: Tensor  # (B,) int64; -1 = no label

@@ -27,7 +27,13 @@ WIDEST = 2**22  # levels: beyond, float32 has no number half way between two of 
 
 
 class Channels(NamedTuple):
-    """The constants of each channel, float32 tensors of one shape."""
+    """The constants of each channel, float32 tensors of one shape.
+
+    Examples:
+        >>> constants = Lattice((5, 4), bound="symmetric").channels(torch.device("cpu"))
+        >>> constants.top, constants.width
+        (tensor([4., 3.]), tensor([2.0000, 1.5000]))
+    """
 
     shift: Tensor
     gain: Tensor
@@ -44,6 +50,15 @@ class Lattice:
     Raises:
         ValueError: for a level outside 2 .. 2^22, an unknown bound, a slope that is not positive, or factors that do
             not divide the channels into runs whose products of levels stay below 2^63.
+
+    Examples:
+        >>> from latticode.kernels import to_lattice
+        >>> lattice = Lattice((8, 5, 5, 5))
+        >>> lattice.vocab, lattice.basis
+        ((1000,), [1, 8, 40, 200])
+        >>> latents, codes = to_lattice(torch.zeros(3, 4), lattice)
+        >>> codes.flatten()
+        tensor([500, 500, 500])
     """
 
     levels: tuple[int, ...]

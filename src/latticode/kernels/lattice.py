@@ -87,7 +87,13 @@ def alike(t: Tensor, z: Tensor) -> Tensor:
 
 
 class Tiles(NamedTuple):
-    """Constants for the columns of a sheet, float32: (1, c) where a row holds whole tokens, (d, 1) where a channel."""
+    """Constants for the columns of a sheet, float32: (1, c) where a row holds whole tokens, (d, 1) where a channel.
+
+    Examples:
+        >>> tiles = _tiles(Lattice((5, 3)), inner=1, repeat=4)  # rows of 4 tokens of 2 channels
+        >>> tiles.scale.shape, tiles.exact.top
+        (torch.Size([1, 8]), tensor([[4., 2., 4., 2., 4., 2., 4., 2.]]))
+    """
 
     exact: Channels
     lean: Tensor  # the position is scale s + offset, for s = sigmoid(rate z + lean) or the clamp of that
@@ -109,7 +115,14 @@ def _tiles(lattice: Lattice, inner: int, repeat: int) -> Tiles:
 
 
 class Sheet(NamedTuple):
-    """Rows of one kind: long enough to vectorise, whole tokens (rows, 1, long) or one channel each (rows, d, long)."""
+    """Rows of one kind: long enough to vectorise, whole tokens (rows, 1, long) or one channel each (rows, d, long).
+
+    Examples:
+        >>> z, codes = torch.zeros(2, 2, 100), torch.zeros(2, 100, 1)  # two images of 100 positions, channels first
+        >>> [sheet] = _sheets([z], [codes], Lattice((5, 3)))
+        >>> sheet.planes[0].shape, sheet.tiles.scale.shape
+        (torch.Size([2, 2, 100]), torch.Size([2, 1]))
+    """
 
     planes: list[Tensor]  # (rows, 1 or d, long)
     codes: list[Tensor]  # (rows, tokens of a row, factors)

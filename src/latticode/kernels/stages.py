@@ -36,7 +36,13 @@ def sizes(lattice: Lattice, depth: int) -> list[int]:
 
 
 class Group(NamedTuple):
-    """The constants of a group of stages, float32, each (d,) or tiled to the columns of a row."""
+    """The constants of a group of stages, float32, each (d,) or tiled to the columns of a row.
+
+    Examples:
+        >>> found = groups(Lattice((4,), bound="clamp"), depth=7)  # stages that share a rounding: 6, then 1
+        >>> [int(group.top) + 1 for group in found]  # levels of the one grid that a group's stages are
+        [4096, 4]
+    """
 
     rate: Tensor  # what is left is counted in cells of this group: times `rate`
     middle: Tensor  # (M - 1) / 2, for M levels

@@ -29,7 +29,15 @@ def serves(x: Tensor, codes: int) -> bool:
 
 
 class Powers(NamedTuple):
-    """e^(logit - top) of m positions, of which each of K blocks of codes has its own top."""
+    """e^(logit - top) of m positions, of which each of K blocks of codes has its own top.
+
+    Examples:
+        >>> head = Head(torch.randn(10, 4), torch.zeros(10), compiled=False)
+        >>> x = torch.randn(3, 4)
+        >>> [(some, powers)] = head.tiles(x)
+        >>> torch.allclose(powers.total(), F.linear(x, head.weight, head.bias).logsumexp(1))
+        True
+    """
 
     powers: list[Tensor]  # K of (m, codes of the block), or none
     tops: Tensor  # (m, K)
@@ -46,7 +54,15 @@ class Powers(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What makes logits x W' + b of states: `weight` (C, D), `bias` (C,), and whether `native` does its part."""
+    """What makes logits x W' + b of states: `weight` (C, D), `bias` (C,), and whether `native` does its part.
+
+    Examples:
+        >>> head, x = Head(torch.randn(10, 4), torch.zeros(10), compiled=False), torch.randn(3, 4)
+        >>> codes = torch.tensor([0, 5, 9])
+        >>> whole = F.cross_entropy(F.linear(x, head.weight, head.bias), codes, reduction="none")
+        >>> torch.allclose(nats(x, head, codes), whole, atol=1e-5)
+        True
+    """
 
     weight: Tensor
     bias: Tensor
@@ -137,6 +153,13 @@ class CrossEntropy(torch.autograd.Function):
     """The mean of `nats`, with label smoothing s: H(k) = -ln p(k) makes it H(true) + s (l_true - mean l).
 
     The gradients are found at once, of all inputs if of one: a second look would have to make all powers again.
+
+    Examples:
+        >>> x, weight, bias = torch.randn(3, 4), torch.randn(10, 4), torch.zeros(10)
+        >>> codes = torch.tensor([0, 5, 9])
+        >>> loss = CrossEntropy.apply(x, weight, bias, codes, 0.1, False)
+        >>> torch.allclose(loss, F.cross_entropy(F.linear(x, weight, bias), codes, label_smoothing=0.1), atol=1e-5)
+        True
     """
 
     @staticmethod

@@ -20,7 +20,15 @@ STYLES = ("gpt", "llama", "vitvqgan")
 
 
 class Past(NamedTuple):
-    """What one attention layer keeps of a sequence that is still being decoded, and where its next tokens go."""
+    """What one attention layer keeps of a sequence that is still being decoded, and where its next tokens go.
+
+    Examples:
+        >>> attention, x = Attention(16, heads=2).eval(), torch.randn(2, 5, 16)
+        >>> past = Past(torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8), torch.arange(2))  # room for 5, now come 2
+        >>> mask = torch.arange(5) <= past.at[:, None]
+        >>> torch.allclose(attention(x[:, :2], mask, past=past), attention(x, is_causal=True)[:, :2], atol=1e-5)
+        True
+    """
 
     keys: Tensor  # (B, H, L, E), written in place
     values: Tensor
@@ -124,7 +132,13 @@ class MLP(nn.Module):
 
 
 class TanhMLP(MLP):
-    """With tanh in place of the GELU, as in ViT-VQGAN's public code."""
+    """With tanh in place of the GELU, as in ViT-VQGAN's public code.
+
+    Examples:
+        >>> mlp, x = TanhMLP(16), torch.randn(2, 5, 16)
+        >>> torch.equal(mlp(x), mlp.down(torch.tanh(mlp.up(x))))
+        True
+    """
 
     activation = staticmethod(torch.tanh)
 

@@ -48,7 +48,13 @@ PLACES = ("learned", "rotary", "axial", "llamagen")
 
 
 class State(NamedTuple):
-    """How far an image is decoded (`GPT.step`)."""
+    """How far an image is decoded (`GPT.step`).
+
+    Examples:
+        >>> state = State(cache=torch.zeros(2, 2, 1, 4, 16, 8), at=torch.tensor([3]))  # three positions are decoded
+        >>> state._replace(at=state.at + 1).at
+        tensor([4])
+    """
 
     cache: Tensor  # (depth, 2, B, H, N, E), keys and values of the positions before
     at: Tensor  # (1,) int64, the position that comes next

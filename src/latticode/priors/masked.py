@@ -38,7 +38,13 @@ GROUPS = 12  # of the schedule of `bits`; M2T finds the gain of more groups satu
 
 
 class Context(NamedTuple):
-    """What a network attends to beside its own positions."""
+    """What a network attends to beside its own positions.
+
+    Examples:
+        >>> context = Context(states=torch.zeros(2, 5, 32), mask=torch.arange(5) < torch.tensor([[3], [5]]))
+        >>> context.mask.sum(1)  # tokens of each text
+        tensor([3, 5])
+    """
 
     states: Tensor  # (B, T, D)
     mask: Tensor  # (B, T) bool: which of them there are
@@ -52,6 +58,20 @@ class Masked(Prior):
     softmaxes over 512, as in MAGVIT-v2 (2310.05737, section 3.2).
 
     A subclass says by `states` what it makes of a partly masked image, and by `training_loss` what it learns from.
+
+    Examples:
+        >>> class Bag(Masked):  # sees which codes are known, not where they are
+        ...     def states(self, tokens_BN, labels_B, at_BN, context=None):
+        ...         x_BLD = self.embedded(tokens_BN, labels_B)
+        ...         return x_BLD.mean(1, keepdim=True).expand(-1, at_BN.shape[1], -1)[at_BN]
+        ...     def training_loss(self, codes_BN, labels_B, context=None):
+        ...         masked = torch.ones_like(codes_BN, dtype=torch.bool)
+        ...         tokens = codes_BN.masked_fill(masked, self.mask_token)
+        ...         return self.smoothed(self.states(tokens, labels_B, masked), codes_BN[masked])
+        >>> rates = {"dropout": 0.0, "label_smoothing": 0.0, "label_dropout": 0.1}
+        >>> prior = Bag([64], [4, 4], classes=0, width=16, heads=2, mlp=2.0, **rates)
+        >>> prior.sample(2, seed=1).shape
+        torch.Size([2, 4, 4, 1])
     """
 
     uses = IN_ORDER | {"steps", "noise", "schedule", "guidance_schedule"}

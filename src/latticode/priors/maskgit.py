@@ -16,7 +16,17 @@ from latticode.priors.schedules import draw_ratios, masked_counts, random_mask, 
 
 
 class MaskedTransformer(Masked):
-    """MaskGIT's network and how it learns. With `context` it attends to (B, T, D) that its caller gives it."""
+    """MaskGIT's network and how it learns. With `context` it attends to (B, T, D) that its caller gives it.
+
+    Examples:
+        >>> import torch
+        >>> sizes = {"width": 32, "depth": 2, "heads": 4, "mlp": 2.0}
+        >>> rates = {"dropout": 0.0, "label_smoothing": 0.1, "min_masked": 0.45, "label_dropout": 0.1}
+        >>> network = MaskedTransformer([64], [4, 4], classes=0, **sizes, **rates, context=True)
+        >>> codes, labels = torch.randint(64, (2, 16)), torch.tensor([-1, -1])
+        >>> seen = Context(torch.randn(2, 5, 32), torch.ones(2, 5, dtype=torch.bool))
+        >>> network.training_loss(codes, labels, seen).backward()  # nats per masked position
+    """
 
     def __init__(
         self,

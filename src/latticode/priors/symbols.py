@@ -123,7 +123,13 @@ def check_targets(soft: Tensor, codes: Tensor, symbols: Digits) -> None:
 
 
 class Joint(nn.Module):
-    """The symbols of a position are independent given what came before it: one linear head for all."""
+    """The symbols of a position are independent given what came before it: one linear head for all.
+
+    Examples:
+        >>> head = Joint([8, 5], width=16)
+        >>> [logits.shape[-1] for logits in head(torch.randn(3, 16), torch.randn(3, 2, 16))]
+        [8, 5]
+    """
 
     def __init__(self, sizes: Sequence[int], width: int) -> None:
         super().__init__()
@@ -146,6 +152,16 @@ class Sequential(nn.Module):
 
     Its input is the context at the first symbol and the sum of the embeddings of all former symbols at the others. The
     stages of a residual quantizer with one codebook are one level.
+
+    Examples:
+        >>> head = Sequential([8, 8], 16, depth=1, heads=2, mlp=2.0, dropout=0.0, style="gpt", levels=[2])
+        >>> states, former = torch.randn(3, 16), torch.randn(3, 2, 16)
+        >>> one, two = head(states, former), head(states, former + torch.tensor([[0.0], [1.0]]))
+        >>> torch.equal(one[1], two[1])  # no symbol sees itself or what comes later
+        True
+        >>> with torch.no_grad():  # by what `choose` takes, here nothing, to the sum of its embeddings
+        ...     head.generate(states, choose=lambda slot, logits: torch.zeros(3, 16)).shape
+        torch.Size([3, 16])
     """
 
     def __init__(
@@ -193,6 +209,11 @@ class TopBottom(Sequential):
 
     Its input is as that of `Sequential` up to the first of the others, and the same at all of these, which see each
     other's places.
+
+    Examples:
+        >>> head = TopBottom([8] * 5, 16, 1, 2, 2.0, 0.0, "gpt", [1, 4], tops=1)  # one code and the four below it
+        >>> [logits.shape for logits in head(torch.randn(3, 16), torch.randn(3, 5, 16))] == [(3, 8)] * 5
+        True
     """
 
     def __init__(self, sizes: Sequence[int], *inner: Any, tops: int) -> None:

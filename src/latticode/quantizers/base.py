@@ -22,7 +22,13 @@ Loss = tuple[Tensor, Tensor]  # sum over tokens and their number: what parts and
 
 
 class Tokens(NamedTuple):
-    """What a quantizer works on inside: latents in float32 at least, each of them finite."""
+    """What a quantizer works on inside: latents in float32 at least, each of them finite.
+
+    Examples:
+        >>> x, keep = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([True, False])
+        >>> Tokens(x, keep, target=x, upkeep=False).through(lambda values: values / 2).target[0]
+        tensor([0.5000, 1.0000])
+    """
 
     values: Tensor  # (..., D), of no meaning where not kept
     keep: Tensor  # (...) bool; the others are masked or not finite, and may touch neither losses nor statistics
@@ -41,7 +47,15 @@ class Tokens(NamedTuple):
 
 
 class Update(NamedTuple):
-    """A codebook and tokens (..., D) that chose codes (...) of it, for its running averages."""
+    """A codebook and tokens (..., D) that chose codes (...) of it, for its running averages.
+
+    Examples:
+        >>> from latticode import VQ
+        >>> keep = torch.tensor([True, True, False])  # the last one is padding
+        >>> update = Update(VQ(4, 2).embedding, torch.randn(3, 2), codes=torch.tensor([0, 3, 1]), keep=keep)
+        >>> update.codes[update.keep]  # whose averages move
+        tensor([0, 3])
+    """
 
     codebook: Codebook
     tokens: Tensor
@@ -50,7 +64,13 @@ class Update(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a quantizer makes of `Tokens`."""
+    """What a quantizer makes of `Tokens`.
+
+    Examples:
+        >>> step = Step(torch.zeros(5, 2), torch.zeros(5, 1, dtype=torch.int64))  # FSQ's: no losses, nothing to move
+        >>> step.losses, step.updates
+        ({}, ())
+    """
 
     latents: Tensor  # (..., D), with gradients
     codes: Tensor  # (..., K) int64

@@ -26,6 +26,14 @@ class Binary(Quantizer):
     A code is sum_i 2^i bit_i, the first channel fastest. The entropy losses treat a token as spread over all codes c,
     p(c) = softmax(2 <x, c> / temperature) = softmax(-|x - c|^2 / temperature): a product of one Bernoulli for each
     channel with logit 4 magnitude x_i / temperature. So both entropies are exact without a list of codes (`kernels`).
+
+    Examples:
+        >>> from latticode.quantizers import LFQ
+        >>> quantizer = LFQ(dim=3)
+        >>> isinstance(quantizer, Binary), quantizer.vocab
+        (True, (8,))
+        >>> quantizer.encode(torch.tensor([[0.2, -0.3, 0.9]]))  # bits 1, 0, 1: 1 + 4
+        tensor([[5]])
     """
 
     temperature: float

@@ -33,7 +33,12 @@ REPLAYS = 4  # forward passes between two steps that can be replayed; each remem
 
 @dataclass
 class Pass:
-    """A forward pass in training, as a replay of it has to be."""
+    """A forward pass in training, as a replay of it has to be.
+
+    Examples:
+        >>> Pass(mark=torch.tensor([1.0, 2.0])).draws is None  # before an upkeep has drawn
+        True
+    """
 
     mark: Tensor  # by which it is known: two sums over the tokens
     vectors: Tensor | None = None  # (K, D), what it coded with

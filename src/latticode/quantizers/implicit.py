@@ -24,6 +24,12 @@ class Contextual(Quantizer):
     """A quantizer whose codes mean something else for each `context` (..., D), the sum of what earlier stages gave.
 
     `Residual` passes it; `Tokens.context` holds it in `_quantize`. Without one it is a quantizer like the others.
+
+    Examples:
+        >>> from latticode.quantizers import VQ, Residual
+        >>> stages = Residual([VQ(8, 2), QINCo(8, 2, width=4)]).eval()
+        >>> isinstance(stages.stages[1], Contextual), stages(torch.randn(5, 2)).codes.shape
+        (True, torch.Size([5, 2]))
     """
 
     @abstractmethod

@@ -40,7 +40,13 @@ EXACT_CELLS = 2**20  # up to here `expected_usage` visits every code
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Levels for a target size. Entropy and usage are those of z ~ N(0, 1), independent in each channel."""
+    """Levels for a target size. Entropy and usage are those of z ~ N(0, 1), independent in each channel.
+
+    Examples:
+        >>> found = recommend(bits=10)
+        >>> found.levels, found.size, round(found.bits, 2), found.source
+        ((8, 5, 5, 5), 1000, 9.97, "paper's table")
+    """
 
     levels: tuple[int, ...]
     size: int  # codes, the product of the levels

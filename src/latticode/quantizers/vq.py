@@ -21,7 +21,15 @@ UPDATES = ("ema", "gradient")
 
 
 class Found(NamedTuple):
-    """The nearest codes of some tokens."""
+    """The nearest codes of some tokens.
+
+    Examples:
+        >>> tokens, book = torch.tensor([[0.9, 0.1]]), torch.eye(2)
+        >>> codes = kernels.nearest_code(tokens, book)
+        >>> q = F.embedding(codes, book)
+        >>> Found(codes, q, straight_through(tokens, q), {}).codes
+        tensor([0])
+    """
 
     codes: Tensor  # (...) int64
     quantized: Tensor  # (..., D), their vectors, differentiable in the codebook
@@ -30,7 +38,16 @@ class Found(NamedTuple):
 
 
 class Softening(Quantizer, ABC):
-    """A quantizer that can draw its codes by their distance."""
+    """A quantizer that can draw its codes by their distance.
+
+    Examples:
+        >>> quantizer, z = VQ(8, 2, kmeans=False).eval(), torch.randn(100, 2)
+        >>> isinstance(quantizer, Softening)
+        True
+        >>> codes, p = quantizer.soften(z, temperature=1e-4)  # nearly cold: the nearest codes
+        >>> torch.equal(p.argmax(-1), quantizer.encode(z))
+        True
+    """
 
     @torch.no_grad()
     def soften(self, z: Tensor, temperature: float) -> Softened:
@@ -57,7 +74,15 @@ class Softening(Quantizer, ABC):
 
 
 class NearestCode(Softening):
-    """A quantizer with one code, the nearest row of `vectors()`, and the losses that need no more than these."""
+    """A quantizer with one code, the nearest row of `vectors()`, and the losses that need no more than these.
+
+    Examples:
+        >>> quantizer, z = SimVQ(8, 2).eval(), torch.randn(5, 2)
+        >>> isinstance(quantizer, NearestCode)
+        True
+        >>> torch.equal(quantizer.encode(z)[:, 0], torch.cdist(z, quantizer.vectors()).argmin(1))
+        True
+    """
 
     size: int  # K
     gradient: str
