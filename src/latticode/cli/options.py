@@ -24,7 +24,12 @@ err = Console(stderr=True)
 
 
 class Split(StrEnum):
-    """Part of a source."""
+    """Part of a source.
+
+    Examples:
+        >>> Split("test").value, [part.value for part in Split]
+        ('test', ['train', 'test', 'all'])
+    """
 
     train = "train"
     test = "test"

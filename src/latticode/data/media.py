@@ -28,7 +28,14 @@ class ContentError(ValueError):
 
 @dataclass(frozen=True)
 class Medium:
-    """How sources tell records of this kind, and how messages call them."""
+    """How sources tell records of this kind, and how messages call them.
+
+    Examples:
+        >>> IMAGE.holds("cat.JPG"), IMAGE.holds("cat.txt")
+        (True, False)
+        >>> replace(DENSE, maps=("depth.png",)).holds("cat.depth.png")  # a label map
+        False
+    """
 
     name: str  # `data.kind` of a run
     noun: str
@@ -57,6 +64,14 @@ class Preparation(ABC):
     """From records to arrays of one type: `load` is what never varies, `arrange` what training does at random.
 
     Subclasses are frozen dataclasses, whose fields are the recipe's settings and go into run and token files.
+
+    Examples:
+        >>> from latticode.data import Preprocess
+        >>> preparation = Preprocess(size=16, channels=3, flip=True)  # that of images
+        >>> isinstance(preparation, Preparation), preparation.shape, preparation.still().flip
+        (True, (3, 16, 16), False)
+        >>> Preprocess.from_record(preparation.record()) == preparation
+        True
     """
 
     medium: ClassVar[Medium]

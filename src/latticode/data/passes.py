@@ -12,7 +12,15 @@ Progress = Callable[[int, int], None]  # images done, images in all
 
 
 class Report:
-    """Adds up what is done and tells the caller."""
+    """Adds up what is done and tells the caller.
+
+    Examples:
+        >>> report = Report(lambda done, total: print(f"{done} of {total}"), total=5)
+        >>> report(3)
+        3 of 5
+        >>> report(2)
+        5 of 5
+    """
 
     def __init__(self, progress: Progress | None, total: int):
         self.progress, self.total, self.done = progress, total, 0

@@ -26,7 +26,17 @@ Colour = tuple[int, ...]  # RGB 0..255
 
 
 class Task(nn.Module, ABC):
-    """A dense task. `inputs` are examples (B, 3 + maps, H, W), integers; `output` is what a model gives for them."""
+    """A dense task. `inputs` are examples (B, 3 + maps, H, W), integers; `output` is what a model gives for them.
+
+    Examples:
+        >>> task: Task = Colorization()  # one of them; `PixelClasses` shows how to make another
+        >>> photo = torch.full((1, 3, 2, 2), 255, dtype=torch.int32)
+        >>> task.maps, task.losses(task.label(photo), photo)
+        (0, {'mse': tensor(0.)})
+        >>> task.label_maps(photo[:, :2])
+        Traceback (most recent call last):
+        ValueError: Colorization takes integers (B, 3, H, W), RGB and 0 label maps, got torch.int32 (1, 2, 2, 2); ...
+    """
 
     maps: int  # label maps behind the RGB of an example
     classes: tuple[int, ...]  # sizes of the one-hot codes that `label` stacks; () = the label is no classification
@@ -76,7 +86,21 @@ class Task(nn.Module, ABC):
 
 
 class PixelClasses(Task):
-    """A task that puts every pixel in a class, once for each of `classes`; the loss is the mean cross entropy."""
+    """A task that puts every pixel in a class, once for each of `classes`; the loss is the mean cross entropy.
+
+    Examples:
+        >>> class Water(PixelClasses):  # where a map of 0 (land), 1 (water) and 255 (unknown) says that there is some
+        ...     maps, classes, channels, terms = 1, (2,), 2, ("water",)
+        ...     def targets(self, inputs):
+        ...         numbers = self.label_maps(inputs)
+        ...         return numbers.where(numbers < 2, IGNORED)
+        ...     def predict(self, output, image):
+        ...         return output.argmax(1, keepdim=True)
+        >>> task = Water()
+        >>> scene = torch.tensor([0, 0, 0, 1], dtype=torch.int32).view(1, 4, 1, 1)
+        >>> task.predict(task.label(scene), task.image(scene)), task.losses(torch.zeros(1, 2, 1, 1), scene)
+        (tensor([[[[1]]]]), {'water': tensor(0.6931)})
+    """
 
     terms: tuple[str, ...]  # names of the losses
 

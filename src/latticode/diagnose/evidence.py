@@ -34,7 +34,17 @@ def leaves(
 
 
 class Evidence:
-    """The parts of the quantizers inside a model, filled by its forward passes while `watching`."""
+    """The parts of the quantizers inside a model, filled by its forward passes while `watching`.
+
+    Examples:
+        >>> import torch
+        >>> from latticode import FSQ
+        >>> quantizer, z = FSQ([3, 3]).eval(), torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
+        >>> evidence = Evidence(quantizer)
+        >>> evidence.add("quantizer", quantizer, z, quantizer.encode(z))
+        >>> evidence.tokens, evidence.invalid, list(evidence.parts)
+        (2, 1, ['quantizer'])
+    """
 
     def __init__(self, model: nn.Module, share: float = 1.0, seed: int = 0):
         """`share` of the tokens have their latents kept, drawn by `seed`."""

@@ -31,7 +31,14 @@ FAR = 3.0  # spread of latents against that of the codes they choose
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a part of a quantizer."""
+    """Something that is wrong with a part of a quantizer.
+
+    Examples:
+        >>> change = ["tokenizer.quantizer.slope=9"]
+        >>> finding = Finding("narrow", "quantizer", [1], 0.1, NARROW, "channel 1 is too narrow", change)
+        >>> f"{finding.text}: {finding.value} < {finding.threshold}; try {finding.change[0]}"
+        'channel 1 is too narrow: 0.1 < 0.25; try tokenizer.quantizer.slope=9'
+    """
 
     kind: str  # invalid, dead, saturated, narrow, unbalanced, wide, correlated or collapsed
     part: str  # where in the tokenizer, as `Part.name`
@@ -43,7 +50,13 @@ class Finding:
 
 
 class Symptom(NamedTuple):
-    """What is wrong with one channel: a `Finding` less its place."""
+    """What is wrong with one channel: a `Finding` less its place.
+
+    Examples:
+        >>> symptom = Symptom("dead", 0.02, DEAD, "is dead: 0.02 of 2.32 bits", ["tokenizer.quantizer.levels=[5]"])
+        >>> symptom.value < symptom.threshold
+        True
+    """
 
     kind: str
     value: float
@@ -54,7 +67,15 @@ class Symptom(NamedTuple):
 
 @dataclass
 class Part:
-    """A quantizer that is made of no others, with what it was given and chose; of a kind that nothing is known of."""
+    """A quantizer that is made of no others, with what it was given and chose; of a kind that nothing is known of.
+
+    Examples:
+        >>> part = part_of("quantizer", VQ(512, 32))
+        >>> part.change(size=256), part.change(update="ema", restart=0.1)
+        ('tokenizer.quantizer.size=256', 'tokenizer.quantizer.update=ema tokenizer.quantizer.restart=0.1')
+        >>> part_of("quantizer.stages[2]", VQ(512, 32)).change(size=256)  # no override reaches into a list
+        'in tokenizer.quantizer.stages[2]: size=256'
+    """
 
     name: str  # "quantizer", "top.quantizer", "quantizer.stages[2]", or of a shared one "quantizer.stages slot 2"
     quantizer: Any
@@ -89,7 +110,16 @@ class Part:
 
 
 class Channels(Part):
-    """A quantizer whose channels have levels of their own."""
+    """A quantizer whose channels have levels of their own.
+
+    Examples:
+        >>> from latticode.diagnose.evidence import measure
+        >>> part, z = part_of("quantizer", FSQ([3, 5])), torch.randn(1000, 2) * torch.tensor([0.01, 1.0])
+        >>> part.codes.update(part.quantizer.encode(z))
+        >>> part.latents.append(z)
+        >>> [(finding.kind, finding.channels) for finding in part.defects(measure(part))]
+        [('dead', [0])]
+    """
 
     @property
     @abstractmethod
@@ -150,7 +180,13 @@ class Channels(Part):
 
 
 class Grid(Channels):
-    """An FSQ."""
+    """An FSQ.
+
+    Examples:
+        >>> part = part_of("quantizer", FSQ([8, 5]))
+        >>> type(part).__name__, part.levels, part.revived(bits=3.0)
+        ('Grid', [8, 5], ['tokenizer.quantizer.levels=[5,3]'])
+    """
 
     @property
     def levels(self) -> list[int]:
@@ -191,7 +227,13 @@ class Grid(Channels):
 
 
 class Signs(Channels):
-    """A BSQ, and what it shares with LFQ: two levels in every channel."""
+    """A BSQ, and what it shares with LFQ: two levels in every channel.
+
+    Examples:
+        >>> part = part_of("quantizer", BSQ(8))
+        >>> type(part).__name__, part.levels, part.revived(bits=3.0)
+        ('Signs', [2, 2, 2, 2, 2, 2, 2, 2], ['weights.diversity=0.5', 'tokenizer.quantizer.dim=4'])
+    """
 
     @property
     def levels(self) -> list[int]:
@@ -208,7 +250,13 @@ class Signs(Channels):
 
 
 class ScaledSigns(Signs):
-    """An LFQ, whose signs stand for values of one size."""
+    """An LFQ, whose signs stand for values of one size.
+
+    Examples:
+        >>> part = part_of("quantizer", LFQ(8))
+        >>> isinstance(part, ScaledSigns), part.quantizer.scale
+        (True, 1.0)
+    """
 
     def _misfit(self, channel: dict[str, Any]) -> Symptom | None:
         size = math.hypot(channel["mean"], channel["std"]) / self.quantizer.scale
@@ -221,7 +269,13 @@ class ScaledSigns(Signs):
 
 
 class Vectors(Part):
-    """A SimVQ, and what it shares with VQ: a codebook of vectors."""
+    """A SimVQ, and what it shares with VQ: a codebook of vectors.
+
+    Examples:
+        >>> part = part_of("quantizer", SimVQ(16, 4))
+        >>> isinstance(part, Vectors), part.defects({"spread": 10.0})[0].text
+        (True, 'latents spread 10 times as wide as the codes they choose')
+    """
 
     def measured(self, x: Tensor, channels: list[dict[str, Any]]) -> dict[str, Any]:
         """spread, that of latents against that of the codes they choose."""
@@ -251,7 +305,13 @@ class Vectors(Part):
 
 
 class LearnedVectors(Vectors):
-    """A VQ."""
+    """A VQ.
+
+    Examples:
+        >>> part = part_of("quantizer", VQ(16, 4, update="gradient"))
+        >>> isinstance(part, LearnedVectors), part.revived(bits=3.0)[0]
+        (True, 'tokenizer.quantizer.update=ema')
+    """
 
     def _placed(self, x: Tensor) -> Tensor:
         return nn.functional.normalize(x, dim=-1) if self.quantizer.normalize else x

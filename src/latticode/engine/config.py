@@ -52,7 +52,13 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section, ABC):
-    """Where the examples come from and how they are brought to one shape; `kind` says what they are."""
+    """Where the examples come from and how they are brought to one shape; `kind` says what they are.
+
+    Examples:
+        >>> data = load_config("fsq-tokenizer").data  # of one kind of data
+        >>> isinstance(data, DataConfig), data.kind, data.split
+        (True, 'image', 'train')
+    """
 
     source: str
     split: Literal["train", "test", "all"] = "train"
@@ -73,7 +79,12 @@ class DataConfig(_Section, ABC):
 
 
 class ImageData(DataConfig):
-    """`data` of a recipe for images."""
+    """`data` of a recipe for images.
+
+    Examples:
+        >>> ImageData(source="photos/", size=64, flip=True).preprocess().shape
+        (3, 64, 64)
+    """
 
     kind: Literal["image"] = "image"
     size: PositiveInt | None = None
@@ -87,7 +98,12 @@ class ImageData(DataConfig):
 
 
 class AudioData(DataConfig):
-    """`data` of a recipe for recordings."""
+    """`data` of a recipe for recordings.
+
+    Examples:
+        >>> AudioData(kind="audio", source="speech/", rate=16000, length=8000).preprocess().shape
+        (1, 8000)
+    """
 
     kind: Literal["audio"]
     rate: PositiveInt = Field(description="samples per second; others are resampled")
@@ -99,7 +115,12 @@ class AudioData(DataConfig):
 
 
 class VideoData(DataConfig):
-    """`data` of a recipe for clips."""
+    """`data` of a recipe for clips.
+
+    Examples:
+        >>> VideoData(kind="video", source="clips/", size=32, frames=5).preprocess().shape
+        (3, 5, 32, 32)
+    """
 
     kind: Literal["video"]
     size: PositiveInt | None = None
@@ -115,7 +136,13 @@ class VideoData(DataConfig):
 
 
 class DenseData(DataConfig):
-    """`data` of a recipe for photographs with label maps."""
+    """`data` of a recipe for photographs with label maps.
+
+    Examples:
+        >>> data = DenseData(kind="dense", source="rooms/", size=64, maps=("depth.png",))
+        >>> data.channels, data.preprocess().shape  # RGB and the depth
+        (4, (4, 64, 64))
+    """
 
     kind: Literal["dense"]
     size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="or height, width")
@@ -155,7 +182,14 @@ Data = Annotated[
 
 
 class OptimizerConfig(_Section):
-    """AdamW with linear warm-up, then a cosine to `final` times the rate (or constant)."""
+    """AdamW with linear warm-up, then a cosine to `final` times the rate (or constant).
+
+    Examples:
+        >>> from latticode.engine.loop import learning_rate
+        >>> optimizer = OptimizerConfig(lr=1e-3, warmup=10, final=0.1)
+        >>> [learning_rate(optimizer, step, steps=100) for step in (0, 9, 100)]
+        [0.0001, 0.001, 0.0001]
+    """
 
     lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
@@ -173,7 +207,16 @@ Weight = Annotated[
 
 
 class RunConfig(_Section):
-    """A whole run. What is trained is the prior if there is one, else the classifier, else the tokenizer."""
+    """A whole run. What is trained is the prior if there is one, else the classifier, else the tokenizer.
+
+    Examples:
+        >>> config = load_config("fsq-tokenizer", ["data.source=photos/", "tokenizer.quantizer.levels=[8,5,5,5]"])
+        >>> config.kind, config.steps, config.spec["quantizer"]["levels"]
+        ('tokenizer', 4000, [8, 5, 5, 5])
+        >>> load_config("fsq-tokenizer", ["stps=200"])
+        Traceback (most recent call last):
+        latticode.engine.config.ConfigError: unknown key 'stps'...
+    """
 
     about: str = ""
     data: Data

@@ -26,7 +26,14 @@ CAPTIONS = 1_000_000  # that a vocabulary is learned from at the most
 
 @dataclass(frozen=True)
 class Feed:
-    """`batches(start)` is infinite and a pure function of seed and position; `held_out` yields images, in order."""
+    """`batches(start)` is infinite and a pure function of seed and position; `held_out` yields images, in order.
+
+    Examples:
+        >>> batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), torch.arange(2))
+        >>> feed = Feed(lambda start: iter([batch]), lambda: iter([batch]), skipped={}, classes=("cat", "dog"))
+        >>> len(next(feed.batches(0)).inputs), feed.tokenizer
+        (2, None)
+    """
 
     batches: Callable[[int], Iterator[Any]]
     held_out: Callable[[], Iterator[Batch]]

@@ -82,6 +82,14 @@ class Parts:
     The others are frozen: their parameters take no gradient and their modules stay in eval mode, so that neither a
     codebook's running averages nor a norm's statistics move. Raises ConfigError for a name that is no part of the model
     or has nothing to train.
+
+    Examples:
+        >>> model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2)})
+        >>> Parts(model, ["decoder"]).train()
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['decoder.weight', 'decoder.bias']
+        >>> model["encoder"].training, model["decoder"].training
+        (False, True)
     """
 
     def __init__(self, model: nn.Module, prefixes: Sequence[str]):

@@ -43,6 +43,15 @@ class GivenLoader:
     Raises:
         ConfigError: for something else, for data without an example, and for a DataLoader of another batch size or one
             that would give every rank the same examples. Iterating: for batches that are not what `data` announces.
+
+    Examples:
+        >>> from torch.utils.data import TensorDataset
+        >>> from latticode.engine.config import load_config
+        >>> own = ["data.source=given:noise", "data.size=8", "data.workers=0", "batch_size=4"]
+        >>> config = load_config("fsq-tokenizer", own)
+        >>> dataset = TensorDataset(torch.zeros(10, 3, 8, 8), torch.arange(10))
+        >>> [batch.labels.tolist() for batch in GivenLoader(dataset, config).epoch()]
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     """
 
     def __init__(self, data: Any, config: RunConfig, *, shard: bool = False):
@@ -142,7 +151,13 @@ class GivenLoader:
 
 
 class GivenSource:
-    """What is known of given data: its classes, if it has a list of their names as torchvision's datasets have."""
+    """What is known of given data: its classes, if it has a list of their names as torchvision's datasets have.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> GivenSource(SimpleNamespace(classes=["cat", "dog"])).classes  # as torchvision's datasets have it
+        ('cat', 'dog')
+    """
 
     def __init__(self, dataset: Any):
         classes = getattr(dataset, "classes", ())
@@ -154,7 +169,17 @@ class GivenSource:
 
 
 class SeededExamples(Dataset[Any]):
-    """Items of `data` by (epoch, index), the random generators seeded for each."""
+    """Items of `data` by (epoch, index), the random generators seeded for each.
+
+    Examples:
+        >>> class Noise(Dataset):
+        ...     def __getitem__(self, index):
+        ...         return torch.rand(3)
+        >>> examples = SeededExamples(Noise(), seed=0)
+        >>> first = examples[0, 7]  # epoch 0, example 7
+        >>> torch.equal(first, examples[0, 7]), torch.equal(first, examples[1, 7])
+        (True, False)
+    """
 
     def __init__(self, data: Any, seed: int):
         self.data, self.seed = data, seed
@@ -165,7 +190,12 @@ class SeededExamples(Dataset[Any]):
 
 
 class Places:
-    """A batch sampler of a DataLoader that yields what it is given."""
+    """A batch sampler of a DataLoader that yields what it is given.
+
+    Examples:
+        >>> list(Places([[(0, 2), (0, 0)], [(0, 1)]]))  # two batches of (epoch, index)
+        [[(0, 2), (0, 0)], [(0, 1)]]
+    """
 
     def __init__(self, places: Any):
         self.places = places

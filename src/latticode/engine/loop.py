@@ -82,6 +82,17 @@ class Average:
     """Exponential moving average of a model's parameters; its buffers are taken as they are.
 
     The decay ramps up as (1 + t) / (10 + t), so that the first steps are forgotten.
+
+    Examples:
+        >>> model = nn.Linear(1, 1, bias=False).requires_grad_(False)
+        >>> average = Average(model.apply(lambda part: nn.init.zeros_(part.weight)), decay=0.999)
+        >>> _ = model.weight.fill_(1.0)
+        >>> average.update(step=0)  # the decay is still 0.1
+        >>> with average.applied():
+        ...     print(round(float(model.weight), 4))
+        0.9
+        >>> float(model.weight)
+        1.0
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -117,6 +128,12 @@ class Interrupt:
     """Turns Ctrl-C and SIGTERM into a flag, so that a step is finished and saved before the run ends.
 
     `raised` is what all ranks agreed on last; a signal that comes later is kept for the next time.
+
+    Examples:
+        >>> with Interrupt(torch.device("cpu")) as interrupt:
+        ...     signal.raise_signal(signal.SIGINT)  # Ctrl-C
+        ...     print("the step goes on, then:", interrupt.on_any_rank())
+        the step goes on, then: True
     """
 
     def __init__(self, device: torch.device):

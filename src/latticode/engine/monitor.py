@@ -28,7 +28,20 @@ PICTURED, SAMPLED = 16, 32
 
 
 class Monitor:
-    """Watches the first held-out batch: the same images at every look, so that pictures compare."""
+    """Watches the first held-out batch: the same images at every look, so that pictures compare.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> from latticode.engine.config import load_config
+        >>> config = load_config("fsq-tokenizer", ["data.size=8"])
+        >>> feed = Feed(lambda start: iter(()), lambda: iter(()), skipped={})  # nothing to train on, nothing held out
+        >>> with TemporaryDirectory() as folder:
+        ...     monitor = Monitor(config, Path(folder), feed, start=0)
+        ...     monitor.log(50, {"loss": 0.25, "val/ssim": None})
+        ...     monitor.writer.close()
+        ...     print((Path(folder) / "metrics.jsonl").read_text(), end="")
+        {"step": 50, "loss": 0.25}
+    """
 
     def __init__(self, config: RunConfig, folder: Path, feed: Feed, start: int):
         from torch.utils.tensorboard import SummaryWriter

@@ -21,7 +21,17 @@ PROTOCOL = {
 
 
 class HeldOut:
-    """The held-out images of a prior that reads text, as they come, and then what their captions can be used for."""
+    """The held-out images of a prior that reads text, as they come, and then what their captions can be used for.
+
+    Examples:
+        >>> from latticode import GPT
+        >>> held_out = HeldOut(GPT([8], [2, 2], classes=3, width=8, depth=1, heads=1), seed=0)
+        >>> texts = (("a cat",), ("a dog", "a hound"))
+        >>> held_out.add(torch.zeros(2, 2, 2, 1), torch.tensor([0, 1]), texts, bits=torch.tensor([9.0, 8.0]))
+        >>> labels, captions = held_out.asked(0, 2)  # each image once, with its first caption
+        >>> sorted(zip(labels.tolist(), captions))
+        [(0, 'a cat'), (1, 'a dog')]
+    """
 
     def __init__(self, prior: Prior, seed: int):
         self.prior, self.seed = prior, seed

@@ -30,6 +30,13 @@ class Reference:
     """The training images, which samples are measured against. Evaluations that share one look at them only once.
 
     It does not notice that images change.
+
+    Examples:
+        >>> from latticode.data import Loader, Preprocess, open_source
+        >>> loader = Loader(open_source("embedded:photos", "test"), Preprocess(size=16), 10, workers=0)
+        >>> reference = Reference(loader)
+        >>> reference.left == len(loader.source)  # images to look at, which `evaluate_prior` does once
+        True
     """
 
     statistics: FeatureStatistics

@@ -27,6 +27,16 @@ class Joined:
 
     Both arguments are float in [-1, 1], rounded as they would be stored: pictures to 8 bits, sound to 16. A metric that
     returns None for some data is not reported there.
+
+    Examples:
+        >>> import torch
+        >>> def worst(originals, output):
+        ...     return (originals - output).abs().amax((1, 2, 3))
+        >>> metrics = Joined(PixelMetrics(), {"worst": worst})
+        >>> images = torch.zeros(2, 3, 16, 16)
+        >>> metrics.update(images, images)
+        >>> metrics.compute()["worst"]
+        0.0
     """
 
     def __init__(self, own: Reconstructions, more: Mapping[str, Callable[..., Tensor | None]]):

@@ -15,7 +15,13 @@ OWN = {"run", "ema", "preprocessing.flip"}  # of a model's training: held-out im
 
 @dataclass
 class Comparable:
-    """Evaluations of one protocol by name, and how it differs from the first protocol, empty for that one itself."""
+    """Evaluations of one protocol by name, and how it differs from the first protocol, empty for that one itself.
+
+    Examples:
+        >>> group = Comparable({"images": 100}, "", {"fsq": {"psnr": 27.5}, "vq": {"psnr": 27.0, "usage": 0.4}})
+        >>> list(group.rows())
+        [('psnr', 27.5, 27.0), ('usage', None, 0.4)]
+    """
 
     protocol: Mapping[str, Any]
     differs: str

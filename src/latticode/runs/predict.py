@@ -28,7 +28,13 @@ from latticode.viz.pictures import grid_image, with_legend
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was written."""
+    """What was written.
+
+    Examples:
+        >>> result = Predictions("by the likeliest codes", [Path("out/room.png")], {"broken.jpg": "cannot be decoded"})
+        >>> [picture.with_suffix(".npy").name for picture in result.files]
+        ['room.npy']
+    """
 
     way: str  # how the codes came about
     files: list[Path] = field(default_factory=list)  # the pictures; the numbers lie beside them as .npy

@@ -45,7 +45,12 @@ Spec = dict[str, Any]
 
 
 class Choice(NamedTuple):
-    """What a study changes from one quantizer to the next."""
+    """What a study changes from one quantizer to the next.
+
+    Examples:
+        >>> choice("fsq", 1000)
+        Choice(spec={'type': 'fsq', 'levels': [8, 5, 5, 5], 'bound': 'paper'}, weights={}, feedback=False)
+    """
 
     spec: Spec
     weights: dict[str, float]  # of its losses
@@ -143,7 +148,12 @@ def variant(name: str, size: int) -> Choice:
 
 
 class Job(NamedTuple):
-    """One training of a study."""
+    """One training of a study.
+
+    Examples:
+        >>> Job("fsq", 256, seed=0).name
+        'fsq-256-0'
+    """
 
     quantizer: str
     size: int  # that was asked for; FSQ's levels come near it
@@ -157,7 +167,14 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one job on this machine."""
+    """Seconds of one job on this machine.
+
+    Examples:
+        >>> between({"16": (10.0, 0.25), "256": (20.0, 0.5)}, size=136)  # half way between two that were measured
+        Cost(fixed=15.0, step=0.375)
+        >>> steps_for(100.0, [Cost(fixed=10.0, step=0.5), Cost(fixed=10.0, step=0.5)])
+        80
+    """
 
     fixed: float  # to begin, to evaluate, to encode a prior's images
     step: float
@@ -165,7 +182,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """What OUT/study.json holds. `costs` are measured at two sizes of each quantizer, and of its prior, if at all."""
+    """What OUT/study.json holds. `costs` are measured at two sizes of each quantizer, and of its prior, if at all.
+
+    Examples:
+        >>> plan = Plan("embedded:photos", sizes=(16, 64), quantizers=("fsq", "vq"), seeds=1, steps=100)
+        >>> [job.name for job in plan.jobs]
+        ['fsq-16-0', 'vq-16-0', 'fsq-64-0', 'vq-64-0']
+        >>> plan.tokenizer_config(plan.jobs[0]).steps
+        100
+    """
 
     source: str
     sizes: tuple[int, ...]

@@ -28,7 +28,12 @@ Row = dict[str, Any]
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation over seeds; the latter is None for one seed."""
+    """Mean and sample standard deviation over seeds; the latter is None for one seed.
+
+    Examples:
+        >>> Spread(27.5, 0.25).deviation, Spread(27.5, None).deviation  # of several seeds, of one
+        (0.25, None)
+    """
 
     mean: float
     deviation: float | None

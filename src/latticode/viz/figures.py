@@ -57,7 +57,13 @@ LOG_RATIO = 20.0  # positive values that span more than this are drawn on a log 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PIL image, the path of a PNG or SVG, or a matplotlib figure."""
+    """A PIL image, the path of a PNG or SVG, or a matplotlib figure.
+
+    Examples:
+        >>> shown = embed(Picture(Image.new("RGB", (32, 32)), caption="step 1,000"))
+        >>> shown["uri"][:22], shown["width"], shown["pixels"]  # small pictures are enlarged
+        ('data:image/png;base64,', 256, True)
+    """
 
     image: Image.Image | Path | Figure
     caption: str = ""

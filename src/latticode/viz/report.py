@@ -75,7 +75,13 @@ FEATURE_LABELS = {"rfid": "rFID", "fid": "FID", "precision": "Precision", "recal
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under column names. Numbers are set right, everything else left; `columns` may be empty."""
+    """Rows of cells under column names. Numbers are set right, everything else left; `columns` may be empty.
+
+    Examples:
+        >>> table = Table([("fsq", 27.5), ("vq", 27.0)], columns=("quantizer", "PSNR, dB"))
+        >>> [row[0] for row in table.rows]
+        ['fsq', 'vq']
+    """
 
     rows: Sequence[Sequence[Any]]
     columns: Sequence[str] = ()
@@ -84,7 +90,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of a page: text (paragraphs end at blank lines), pictures, tables, and a folded verbatim text."""
+    """A titled part of a page: text (paragraphs end at blank lines), pictures, tables, and a folded verbatim text.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> section = Section("Numbers", "Of 100 images.", tables=[Table([("PSNR, dB", 27.5)])])
+        >>> with TemporaryDirectory() as folder:
+        ...     write_page(Path(folder) / "page.html", "My study", [section])
+        ...     print("Of 100 images." in (Path(folder) / "page.html").read_text())
+        True
+    """
 
     title: str
     text: str = ""
