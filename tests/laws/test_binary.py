@@ -194,6 +194,7 @@ def test_a_mask_leaves_the_other_tokens():
         assert (gradient[~mask] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [LFQ, BSQ])
 def test_the_entropies_spread_tokens_evenly(kind: type[LFQ | BSQ]):
     """From a start where most tokens share one code."""

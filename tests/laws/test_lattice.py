@@ -313,6 +313,7 @@ def test_exports_plain_operators(bound: str):
     torch.testing.assert_close(latents, to_lattice(z, lattice)[0])
 
 
+@pytest.mark.slow
 def test_the_operator_is_registered_as_torch_expects():
     z = draw(LATTICES[0], 2, 5, 5).movedim(-1, 1).contiguous().movedim(1, -1).requires_grad_()
     arguments = ([8, 5, 5, 5], "paper", 2.0, 1)

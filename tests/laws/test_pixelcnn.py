@@ -314,6 +314,7 @@ def test_a_kept_top_is_given_a_bottom():
     assert not torch.equal(prior.sample(4, seed=4, known=known), codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab", "grid"), [([2, 2, 2, 2, 2], [1, 2]), ([3, 2], [2, 2])])
 def test_two_levels_sum_to_one_and_samples_follow(vocab: list[int], grid: list[int]):
     enumerated(two_level(vocab=vocab, grid=grid), 3000)

@@ -173,6 +173,7 @@ class Model(nn.Module):
         return out.latents, out.codes
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     model, z = Model(), draw(77, 4).requires_grad_()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -109,6 +109,7 @@ def test_draws_follow_the_distribution(kernel: str):
     torch.testing.assert_close(found, F.linear(y, weight, bias)[0].softmax(0), rtol=0, atol=3e-4)
 
 
+@pytest.mark.slow
 @every_kernel
 def test_no_tensor_grows_with_positions_times_codes(kernel: str):
     y, weight, bias, codes = head(300, 200)

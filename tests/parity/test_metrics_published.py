@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
 from drawn import close, golden, normal, uniform
 from latticode.losses.spectral import mel_filters
@@ -40,6 +39,8 @@ def test_mel_filters(rate: int, window: int) -> None:
 
 
 def test_si_sdr() -> None:
+    from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio  # two seconds
+
     target, output = normal("sdr.s", (4, 1000)), normal("sdr.s", (4, 1000)) + normal("sdr.n", (4, 1000), 0.5)
     theirs = scale_invariant_signal_distortion_ratio(output, target, zero_mean=True)
     close(si_sdr(target, output).float(), theirs, 1e-4)

@@ -276,6 +276,7 @@ def test_a_step_looks_at_nothing_ahead():
         assert torch.equal(transformer.step(x, clean, first), transformer.step(x, used, first))
 
 
+@pytest.mark.slow
 def test_a_sequence_is_decoded_by_one_compiled_graph():
     transformer = Transformer(WIDTH, depth=2, heads=HEADS).eval()
     table = rotary_table(grid_coordinates([LENGTH]), WIDTH // HEADS)

@@ -179,6 +179,7 @@ def test_both_stages_are_evaluated_and_reported(runs):
     assert asked["protocol"]["sampling"]["temperature"] == 1
 
 
+@pytest.mark.slow
 def test_predictions_have_the_size_of_their_pictures(runs, photographs, tmp_path):
     name, one, two = runs
     for run, way in ((one, "stage I"), (two, "likeliest")):

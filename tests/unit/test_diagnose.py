@@ -87,6 +87,7 @@ HEALTHY: dict[str, tuple[Callable[[], Quantizer], float]] = {  # and the standar
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_quantizer_has_no_finding(name: str) -> None:
     make, std = HEALTHY[name]
@@ -281,6 +282,7 @@ def test_levels_need_one_fsq(tmp_path: Path) -> None:
     assert diagnose(Run.open(run, "cpu"), limit=20, console=QUIET)["parts"][0]["type"] == "VQ"
 
 
+@pytest.mark.slow
 def test_the_command_line(tokenizer: Path, monkeypatch, capsys) -> None:
     for words, expected in (
         (["diagnose", tokenizer, "--limit", 100, "--device", "cpu"], "quantizer"),

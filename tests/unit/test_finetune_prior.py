@@ -102,6 +102,7 @@ def runs_of(tmp_path_factory) -> tuple[Path, Path, Path]:
     return tokenizer, prior, train(load_config("gpt", more), folder / "tuned", console=QUIET)
 
 
+@pytest.mark.slow
 def test_held_out_accuracy_is_logged_and_evaluated(runs_of):
     _, prior, tuned = runs_of
     logged = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]

@@ -68,6 +68,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
 MODEL, DISCRIMINATOR_STATE = "module/model/", "module/objective/adversarial.discriminator."
 
 
+@pytest.mark.slow
 def test_until_the_discriminator_is_heard_the_tokenizer_trains_as_without(tmp_path) -> None:
     plain = train(tiny_config(), tmp_path / "plain", console=QUIET)
     later = gan(tmp_path / "later", start=9)
@@ -263,6 +264,7 @@ def source(tmp_path_factory) -> Path:
     return gan(tmp_path_factory.mktemp("source") / "run", quantizer=VQ_SPEC, start=0)
 
 
+@pytest.mark.slow
 def test_fine_tuning_moves_what_it_is_told_to_and_nothing_else(tmp_path, source) -> None:
     frozen = gan(tmp_path / "a", f"init_from={source}", "train_only=[decoder, post_quant_conv]", quantizer=VQ_SPEC)
     ours, theirs = load(frozen).state_dict(), load(source).state_dict()

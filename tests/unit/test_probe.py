@@ -187,6 +187,7 @@ def test_a_probe_repeats_itself_and_the_seed_draws_the_images(gpt):
     assert first["layers"] != other["layers"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_probed(tmp_path, tokenizer, gpt):
     with pytest.raises(ValueError, match="is the run of a tokenizer; a prior's is needed"):
         probe(tokenizer, console=QUIET)

@@ -99,6 +99,7 @@ def test_pictures_and_charts_are_loaded_and_drawn(tmp_path, page):
         assert len(np.unique(area.reshape(-1, 3), axis=0)) > (8 if image["chart"] else 100)
 
 
+@pytest.mark.slow
 def test_names_are_not_executed_and_a_phone_needs_no_sideways_scrolling(tmp_path, page):
     dom = browse(tmp_path, page, 500, "--dump-dom")
     assert "data-owned" not in dom
