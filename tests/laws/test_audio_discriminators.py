@@ -132,6 +132,7 @@ def test_bad_waveforms_are_named(shape: tuple[int, ...]) -> None:
         build(PERIOD)(torch.zeros(shape))
 
 
+@pytest.mark.slow
 def test_a_training_with_discriminators(tmp_path) -> None:
     net = ("width=4", "latent=4", "dilations=[1]")
     config = load_config(

@@ -165,6 +165,7 @@ def test_tokens_whose_square_is_not_finite_are_anchors_like_others():
     assert (codebook._anchors(torch.cat([huge, torch.ones(1, 2)]), torch.randn(100, 2), uniform) == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_online_clustering_uses_more_codes(update: str, normalize: bool):
@@ -262,6 +263,7 @@ def test_splitting_ends_where_halves_would_be_too_small():
     assert not count.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ["ema", "gradient"])
 def test_splitting_uses_more_codes(update: str):
     """Tokens in few directions: without it most codes never win one."""

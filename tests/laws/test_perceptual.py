@@ -54,6 +54,7 @@ def perceptual(request: pytest.FixtureRequest, tmp_path, weights) -> Perceptual:
     return build({"type": "features", "run": str(trained_classifier().save_pretrained(tmp_path / "run"))})
 
 
+@pytest.mark.slow
 def test_distance(perceptual: Perceptual) -> None:
     x, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 3, 32, 32)
     distances = [float(perceptual(x + s * noise, x)) for s in (0, 0.05, 0.2, 0.8)]

@@ -192,6 +192,7 @@ def test_exported_it_is_plain_operators():
         assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
 def test_operators_keep_their_promises():
     z = draw(6, 4).requires_grad_()
     library.opcheck(kernels._to_lattices, (z, [8, 5, 5, 5], 2, 3))  # type: ignore[arg-type]

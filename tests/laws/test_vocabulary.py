@@ -141,6 +141,7 @@ def test_a_frozen_head_gets_no_gradient():
     assert y.grad is not None
 
 
+@pytest.mark.slow
 def test_one_graph():
     torch._dynamo.reset()
     inputs = head(61, 40)

@@ -38,6 +38,7 @@ def test_mel_filters(rate: int, window: int) -> None:
     close(mel_filters(rate, window, window // 16), EXPECTED[f"mel_{rate}_{window}"].float(), 1e-5)
 
 
+@pytest.mark.slow
 def test_si_sdr() -> None:
     from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio  # two seconds
 

@@ -158,6 +158,7 @@ def test_one_interrupted_rank_stops_all(tmp_path) -> None:
     load(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", [FSQ_SPEC, VQ_SPEC | {"kmeans": False, "restart": 0.0}], ids=["fsq", "vq"])
 def test_accumulation_equals_the_big_batch(tmp_path, quantizer) -> None:
     big = train(tiny_config(quantizer, "batch_size=8"), tmp_path / "big", console=QUIET)

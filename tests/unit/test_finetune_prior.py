@@ -116,6 +116,7 @@ def test_held_out_accuracy_is_logged_and_evaluated(runs_of):
     assert "accuracy" not in evaluate(prior, EvaluationRequest(samples=4), console=QUIET)
 
 
+@pytest.mark.slow
 def test_the_head_resumes_with_the_prior(runs_of, tmp_path):
     tokenizer, prior, tuned = runs_of
     more = [*SMALL, PRIOR, *JOINT, f"tokenizer={tokenizer}", f"init_from={prior}"]

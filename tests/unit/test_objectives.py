@@ -305,6 +305,7 @@ def test_what_fine_tuning_refuses(tmp_path, source) -> None:
         gan(tmp_path / "c", f"init_from={source}", "train_only=[encoder]", quantizer=VQ_SPEC)
 
 
+@pytest.mark.slow
 def test_a_saved_spec_that_leaves_defaults_out_is_the_same_model(tmp_path, source) -> None:
     spec = read_spec(source)
     del spec["quantizer"]["restart"]
@@ -313,6 +314,7 @@ def test_a_saved_spec_that_leaves_defaults_out_is_the_same_model(tmp_path, sourc
     gan(tmp_path / "run", f"init_from={old}", "steps=1", quantizer=VQ_SPEC)
 
 
+@pytest.mark.slow
 def test_a_gan_goes_on_with_its_discriminator(tmp_path, source) -> None:
     start = f"init_from={source}"
     before = part(source, DISCRIMINATOR_STATE)

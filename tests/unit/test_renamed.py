@@ -106,6 +106,7 @@ def aged(folder: Path) -> None:
             path.write_text(path.read_text().replace("discriminator", "critic"))
 
 
+@pytest.mark.slow
 def test_a_run_of_0_1_is_resumed_and_ends_as_it_would_have(tmp_path: Path) -> None:
     cut = train(gan_config(False, "steps=2", "optimizer.schedule=constant"), tmp_path / "cut", console=QUIET)
     same = train(gan_config(False, "optimizer.schedule=constant"), tmp_path / "same", console=QUIET)

@@ -96,6 +96,7 @@ def about(path: Path) -> dict[str, Any]:
         return json.loads(image.info["latticode"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maskgit", "gpt"])
 @pytest.mark.parametrize("more", [{}, {"keep_best": 0.34}], ids=["plain", "rejection"])
 def test_files_are_the_same_whatever_the_batch_size(request, tmp_path, classifier, name, more) -> None:
@@ -292,6 +293,7 @@ def test_outpainting_puts_the_image_on_a_square_canvas(maskgit, tmp_path) -> Non
         draws.edit(maskgit, small, tmp_path / "x", Request(count=1), console=QUIET)
 
 
+@pytest.mark.slow
 def test_sound_is_sampled_and_prompted_but_not_edited(tmp_path) -> None:
     small = {"width": 4, "strides": [4, 4], "dilations": [1], "latent": 4}
     parts = {"encoder": {"type": "audio_encoder", **small}, "decoder": {"type": "audio_decoder", **small}}

@@ -52,6 +52,7 @@ def test_values() -> None:
     assert [Ramp.model_validate({"from": 0, "to": 6.6}).at(step, 200) for step in (0, 100, 200)] == [0, 3.3, 6.6]
 
 
+@pytest.mark.slow
 def test_every_step_has_its_values_and_logs_them(tmp_path, monkeypatch) -> None:
     seen, turns = [], ReconstructionObjective.turns
 
@@ -69,6 +70,7 @@ def test_every_step_has_its_values_and_logs_them(tmp_path, monkeypatch) -> None:
     assert load(run).quantizer.temperature == seen[-1][1]
 
 
+@pytest.mark.slow
 def test_the_loss_is_weighed_by_them(tmp_path) -> None:
     moved, off = (train(config(kl=kl), tmp_path / str(i), console=QUIET) for i, kl in enumerate((KL, 0)))
     early = [train(config("steps=1", kl=kl), tmp_path / f"early{i}", console=QUIET) for i, kl in enumerate((KL, 0))]

@@ -89,6 +89,7 @@ def test_the_objective_hands_the_distributions_to_the_loss() -> None:
     assert not torch.equal(terms["cross_entropy"], prior.loss(codes)["cross_entropy"])
 
 
+@pytest.mark.slow
 def test_training_on_draws_resumes_exactly(tokenizer: Path, tmp_path: Path) -> None:
     whole = train(prior_config(tokenizer), tmp_path / "whole", console=QUIET)
     parts = train(prior_config(tokenizer, "steps=2"), tmp_path / "parts", console=QUIET)
