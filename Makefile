@@ -13,7 +13,7 @@ demo: .venv/demo.stamp
 	$(BIN)/latticode demo --out runs/demo
 
 check: .venv/dev.stamp
-	+$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint quick
+	+$(MAKE) --no-print-directory --jobs 2 --output-sync=target TYPED=src lint quick
 
 quick: .venv/dev.stamp
 	$(PYTEST) --quick
@@ -24,7 +24,7 @@ test: .venv/dev.stamp lint
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python $(TYPED)
 
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
