@@ -1,9 +1,11 @@
-"""SimVQ, BSQ and LFQ against the authors' code, and LFQ's against the most used one, as the authors' is not public.
+"""SimVQ, BSQ and IBQ against the authors' code, LFQ against the most used one, as the authors' is not public.
 
 The golden files hold outputs, run once in float32 with torch 2.13 on a CPU:
 - `simvq.npz`: youngsheen/SimVQ at d8bd94d, SimVQ(30, 6, beta=0.25, legacy=False);
 - `bsq.npz`: zhaoyue-zephyrus/bsq-vit at 37d212d, BinarySphericalQuantizer(12, ..., group_size=4, l2_norm=True) in
   both of its ways to compute entropies, at inv_temperature 1 and 100;
+- `ibq.npz`: TencentARC/SEED-Voken at b9a17ea, IndexPropagationQuantize(30, 6, beta=0.25, use_entropy_loss=True,
+  entropy_temperature=0.5);
 - `lfq.npz`: TencentARC/SEED-Voken at b9a17ea, Open-MAGVIT2's LFQ(dim=8, codebook_size=256) at its inverse temperature
   of 100.
 """
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drawn import close, golden, load, normal
-from latticode import BSQ, LFQ, SimVQ
+from latticode import BSQ, IBQ, LFQ, SimVQ
 
 
 def gradient(value: Tensor, of: Tensor) -> Tensor:
@@ -47,6 +49,26 @@ def test_simvq() -> None:
     close(z.grad, expected["grad_z"])
     close(quantizer.transform.weight.grad, expected["grad_weight"])
     close(quantizer.transform.bias.grad, expected["grad_bias"])
+
+
+def test_ibq() -> None:
+    """Codes, losses and the gradients of z and of every code."""
+    expected = golden("ibq")
+    quantizer = load(IBQ(30, 6, entropy=0.5), {"embedding": normal("ibq.book", (30, 6))})
+    z = normal("ibq.z", (2, 6, 4, 3)).requires_grad_()
+    out = quantizer(z.movedim(1, -1))
+    losses, latents = out.losses, out.latents.movedim(-1, 1)
+    loss = losses["double_quantization"] + losses["commitment"] + 0.25 * losses["codebook"]
+    average = math.log(30) - losses["diversity"]
+    (latents.mul(normal("ibq.w", (2, 6, 4, 3))).sum() + 3 * loss + 2 * losses["sample_entropy"] - average).backward()
+    assert torch.equal(out.codes.flatten(), expected["codes"])
+    close(latents, expected["latents"])
+    close(loss, expected["loss"])
+    close(losses["sample_entropy"], expected["sample"], 2e-4)  # they add 1e-5 to what they take logarithms of
+    close(average, expected["average"], 1e-3)
+    assert z.grad is not None
+    close(z.grad, expected["grad_z"], 1e-3)
+    close(quantizer.embedding.grad, expected["grad_book"], 2e-3)
 
 
 @pytest.mark.parametrize("inverse", [1, 100])

@@ -3,8 +3,8 @@
 `vqgan_losses.npz` holds outputs, run once in float32 with torch 2.13 on a CPU, of CompVis/taming-transformers at
 3ba01b2 (hinge_d_loss, vanilla_d_loss, calculate_adaptive_weight, NLayerDiscriminator(3, 8, 2) in eval mode),
 google/lecam-gan at f9af948 (lecam_reg with means 0.3 and -0.2), TencentARC/SEED-Voken at b9a17ea (LeCAM_EMA with decay
-0.9), openai/DALL-E at 5be4b23 (map_pixels, unmap_pixels) and zhaoyue-zephyrus/bsq-vit at 37d212d (LogitLaplaceLoss;
-DALL-E's own code of it is not public).
+0.9), openai/DALL-E at 5be4b23 (map_pixels, unmap_pixels) and zhaoyue-zephyrus/bsq-vit at 37d212d (d_r1_loss and
+LogitLaplaceLoss; DALL-E's own code of it is not public).
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ import torch
 
 from drawn import close, drawn, golden, load, normal, uniform
 from latticode.autoencoders.pixels import LogitLaplace
-from latticode.losses.adversarial import LeCam, adaptive_weight, hinge_discriminator, non_saturating_discriminator
+from latticode.losses.adversarial import (
+    LeCam,
+    adaptive_weight,
+    hinge_discriminator,
+    non_saturating_discriminator,
+    r1_penalty,
+)
 from latticode.nn.discriminator import PatchDiscriminator
 
 EXPECTED = golden("vqgan_losses")
@@ -54,6 +60,12 @@ def test_lecam() -> None:
     penalty.real.fill_(0.3)
     penalty.fake.fill_(-0.2)
     close(penalty.eval()(REAL, FAKE), EXPECTED["lecam"])
+
+
+def test_r1_penalty() -> None:
+    images = uniform("r1.image", (3, 2, 5, 4)).requires_grad_()
+    logits = (images.square() * normal("r1.w", (2, 5, 4))).sum((1, 2, 3))[:, None]
+    close(r1_penalty(logits, images), EXPECTED["r1"])
 
 
 def test_running_means_of_lecam() -> None:
