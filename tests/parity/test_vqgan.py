@@ -10,8 +10,6 @@ Weights and inputs are drawn here as they were there, from NumPy's frozen legacy
 
 from __future__ import annotations
 
-import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from drawn import golden, random_state
 from latticode.core.registry import build
 
-EXPECTED = np.load(Path(__file__).with_name("vqgan.npz"))
+EXPECTED = golden("vqgan")
 COMMON: dict[str, Any] = {"latent": 8, "width": 32, "multipliers": [1, 1, 2]}
 SPECS: dict[str, dict[str, Any]] = {
     "taming_encoder": {"type": "conv_encoder", "blocks": 1, "attention": [2], **COMMON},
@@ -29,10 +28,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "maskgit_encoder": {"type": "maskgit_encoder", "blocks": 2, **COMMON},
     "maskgit_decoder": {"type": "maskgit_decoder", "blocks": 2, **COMMON},
 }
-
-
-def random_state(name: str) -> np.random.RandomState:
-    return np.random.RandomState(zlib.crc32(name.encode()))
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -53,6 +48,6 @@ def filled(name: str) -> nn.Module:
 def test_outputs(name: str) -> None:
     part, shape = ("input", (2, 3, 20, 12)) if name.endswith("encoder") else ("latents", (2, 8, 5, 3))
     x = torch.from_numpy(random_state(part).uniform(-1, 1, shape)).float()
-    expected = torch.from_numpy(EXPECTED[name])
+    expected = EXPECTED[name]
     assert expected.std() > 0.1
     torch.testing.assert_close(filled(name)(x), expected, rtol=0, atol=1e-5)

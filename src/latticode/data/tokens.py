@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latticode.core.files import replacing, write_text
+from latticode.core.files import replacing, write_json
 from latticode.core.types import Texts
 from latticode.data.token_format import (
     FILES,
@@ -187,7 +187,7 @@ class TokenWriter:
         self._codes, self._labels, self._lines, self._captioned = [], [], [], False
 
     def _save_manifest(self) -> None:
-        write_text(self.folder / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+        write_json(self.folder / MANIFEST, self.manifest, indent=1)
 
 
 class TokenDataset:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latticode.core import extras
+from latticode.core.modules import device_of
 from latticode.nn.transformer import Transformer
 from latticode.priors.base import numbers
 
@@ -194,7 +195,7 @@ class T5Text(nn.Module):
         for text, ids in zip(texts, found, strict=True):
             if len(ids) > self.length:
                 raise _too_long(text, len(ids), self.length)
-        device = next(encoder.parameters()).device
+        device = device_of(encoder)
         ids_BL = torch.zeros(len(texts), self.length, dtype=torch.int64)
         mask_BL = torch.zeros(len(texts), self.length, dtype=torch.bool)
         for row, ids in enumerate(found):
